@@ -1,0 +1,134 @@
+"""The nouns that travel from stage to stage: plain frozen data, no behaviour beyond sums.
+
+Sizes are bytes (int), times are microseconds (float), errors are relative gradient errors
+(``||g' - g|| / ||g||``, dimensionless).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Action(str, Enum):
+    """What the plan does with one storage between forward and backward."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    COMPRESS = "compress"
+
+
+class TensorClass(str, Enum):
+    """What a saved tensor is used for; it decides which codecs are legal (docs/numerics.md)."""
+
+    INPUT = "input"  # shares storage with a parameter, graph input or graph output
+    STATISTIC = "statistic"  # logsumexp, mean, rstd, running statistics: any reduction
+    INDEX = "index"  # integers, booleans, masks, seeds
+    LOSS = "loss"  # nothing but the loss is computed from it (logits, log-probabilities)
+    SOFTMAX_INPUT = "softmax_input"  # exponentiated against a saved statistic
+    ATTENTION_QK = "attention_qk"  # Q and K of fused attention, used beside its saved logsumexp
+    ATTENTION_V = "attention_v"
+    ATTENTION_OUT = "attention_out"
+    LINEAR_INPUT = "linear_input"  # the backward only multiplies it (weight gradients)
+    ACTIVATION = "activation"  # goes through elementwise derivatives, norms, recomputation
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the user's program made a tensor. Empty strings and line 0 when unknown."""
+
+    file: str = ""
+    line: int = 0
+    code: str = ""
+    module: str = ""  # module path, e.g. "blocks.3.mlp"
+
+    @property
+    def where(self) -> str:
+        """``file:line``, or ``?`` when tracing lost it."""
+        return f"{self.file}:{self.line}" if self.file else "?"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One storage that could live from the forward to the backward.
+
+    Attributes:
+        name: joint-graph node that owns the storage.
+        shape: of the owning node; symbolic sizes at their hints.
+        dtype: e.g. ``"bfloat16"``.
+        nbytes: its size in bytes at the hints.
+        symbolic_bytes: the same as a sympy expression in text, e.g. ``"4096*s77"``.
+        kind: its class.
+        kept_because: why it may never be lossy; None when a codec is legal.
+        min_bits: fewest payload bits a codec may use on it.
+        op: the op that makes it, e.g. ``"aten.mm.default"``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    symbolic_bytes: str
+    kind: TensorClass
+    op: str = ""
+    source: Source = field(default_factory=Source)
+    kept_because: str | None = None
+    min_bits: int = 4
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the plan does with one storage, and what that costs.
+
+    Attributes:
+        codec: codec name when compressed, else None.
+        saved_bytes: bytes that live from forward to backward after the decision.
+        baseline_bytes: bytes Inductor's own min-cut would save for it (0 if it would not).
+        error: contribution to the relative gradient error (standard deviation).
+        time_us: estimated extra time per step in microseconds.
+        reason: one sentence for the report.
+    """
+
+    storage: Storage
+    action: Action
+    codec: str | None = None
+    saved_bytes: int = 0
+    baseline_bytes: int = 0
+    error: float = 0.0
+    time_us: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One compiled graph's plan. Byte counts exclude parameters and graph inputs.
+
+    ``decisions`` are in forward order, one a storage. ``gap`` is
+    ``(cost - lower_bound) / cost`` of the optimiser, 0.0 when proved optimal.
+    """
+
+    name: str  # e.g. "graph 0 (Model.forward)"
+    mode: str
+    decisions: tuple[Decision, ...]
+    baseline_saved_bytes: int
+    planned_saved_bytes: int
+    baseline_peak_bytes: int
+    planned_peak_bytes: int
+    gradient_error: float  # estimated relative error, whole gradient
+    gradient_error_bound: float  # no single parameter's relative error should exceed this
+    time_us: float  # estimated extra time a step
+    gap: float = 0.0
+    lower_bound: float = 0.0
+    budget_bytes: int | None = None
+    dynamic: bool = False
+    device: str = ""
+    symbolic_saved_bytes: str = ""
+    notes: tuple[str, ...] = ()  # sentences: targets missed, passes that declined, limits
+    baseline_saved_count: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Baseline over planned saved bytes; ``inf`` when nothing is saved any more."""
+        if self.planned_saved_bytes == 0:
+            return 1.0 if self.baseline_saved_bytes == 0 else float("inf")
+        return self.baseline_saved_bytes / self.planned_saved_bytes
