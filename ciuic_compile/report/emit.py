@@ -1,0 +1,127 @@
+"""Printing and writing plans: the only part of the report that touches the outside."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import Final, Literal, TextIO, cast
+
+from ciuic_compile.config import CompileConfig
+from ciuic_compile.report._format import factor, size
+from ciuic_compile.report.html import render_html
+from ciuic_compile.report.plan_json import to_json
+from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text
+from ciuic_compile.types import Plan
+
+LOGGER: Final = logging.getLogger("ciuic_compile")
+_lock = threading.Lock()
+_written: dict[str, int] = {}  # path asked for -> plans written for it by this process
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes bare messages to whatever ``sys.stderr`` is at that moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # StreamHandler stores it; we look it up
+        return sys.stderr
+
+
+_handler = _StderrHandler()
+
+
+def emit(plan: Plan, config: CompileConfig) -> str | None:
+    """Print or write one graph's plan as ``config.report`` says; call it once a graph, before it runs.
+
+    ``"short"`` and ``"full"`` log the text at INFO to the logger ``ciuic_compile``; ``"off"`` does nothing.
+    A path gets the plan, written to a temporary file and moved into place, and one line is logged. The first
+    plan that this process writes to ``plan.json`` goes there, the next to ``plan-2.json``, ``plan-3.json``...
+
+    Returns:
+        The path written, or None. A path that cannot be written is a warning, not an error: the short
+        text is logged in its place, and training goes on.
+    """
+    if config.report == "off":
+        return None
+    if config.report in ("short", "full"):
+        detail = cast(Literal["short", "full"], config.report)
+        _log(lambda: render_text(plan, detail, _columns()))
+        return None
+    render = {".json": to_json, ".html": render_html}.get(os.path.splitext(config.report)[1], _full)
+    with _lock:
+        number = _written[config.report] = _written.get(config.report, 0) + 1
+    path = numbered(config.report, number)
+    try:
+        write_atomically(path, render(plan))
+    except OSError as error:
+        _attach()
+        LOGGER.warning("ciuic: cannot write the plan to %s: %s", path, error)
+        _log(lambda: render_text(plan, "short", _columns()))
+        return None
+    peaks = (plan.baseline_peak_bytes, plan.planned_peak_bytes)
+    head = f"{plan.name}: planned peak {size(peaks[1])}, {factor(*peaks)} than Inductor's; plan in "
+    _log(lambda: render_note(head[: MAX_WIDTH // 2]).rstrip() + f" {path}")
+    return path
+
+
+def emit_note(text: str, config: CompileConfig) -> None:
+    """Log a one-line note at INFO, unless ``config.report`` is ``"off"``."""
+    if config.report != "off":
+        _log(lambda: render_note(text))
+
+
+def numbered(path: str, number: int) -> str:
+    """``plan.json``, then ``plan-2.json``, ``plan-3.json``, ..."""
+    stem, suffix = os.path.splitext(path)
+    return path if number == 1 else f"{stem}-{number}{suffix}"
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write ``text`` so that a reader of ``path`` sees the old file or the whole new one.
+
+    Raises:
+        OSError: the directory is gone, full or not writable; nothing is left behind.
+    """
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _full(plan: Plan) -> str:
+    return render_text(plan, "full")
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
+
+
+def _log(render: Callable[[], str]) -> None:
+    """Log what ``render`` returns; it is not called when nobody would see it."""
+    _attach()
+    if LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.info("%s", render().rstrip("\n"))
+
+
+def _attach() -> None:
+    """Let INFO reach stderr through a handler of ours, or through the user's where there are any."""
+    with _lock:
+        own = [h for h in LOGGER.handlers if h is not _handler]
+        if own or (LOGGER.propagate and logging.getLogger().handlers):
+            LOGGER.removeHandler(_handler)
+        elif _handler not in LOGGER.handlers:
+            LOGGER.addHandler(_handler)
+        if LOGGER.level == logging.NOTSET:
+            LOGGER.setLevel(logging.INFO)

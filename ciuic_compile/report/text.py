@@ -1,0 +1,207 @@
+"""A plan as plain ASCII text. The short form is at most 25 lines of at most 120 columns for any plan."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from ciuic_compile.report._format import (
+    ascii_line,
+    crop,
+    crop_left,
+    duration,
+    factor,
+    percent,
+    short_file,
+    size,
+)
+from ciuic_compile.report.summary import (
+    Group,
+    Summary,
+    action_label,
+    merge_rows,
+    reason_of,
+    summarize,
+)
+from ciuic_compile.types import Plan
+
+MAX_LINES: Final = 25
+MAX_WIDTH: Final = 120
+MIN_WIDTH: Final = 60
+_WIDE: Final = 100  # columns from which ops and the user's code are shown too
+_MAX_CODECS: Final = 3
+_MAX_CHANGED: Final = 6
+_MAX_KEPT: Final = 3
+_MAX_NOTE_LINES: Final = 4
+_MORE: Final = "report='full' shows all"
+
+Cells = tuple[str, ...]
+
+
+def render_text(plan: Plan, detail: Literal["short", "full"] = "short", width: int = MAX_WIDTH) -> str:
+    """Return the plan as printable ASCII, each line ended by a newline.
+
+    Args:
+        plan: what to show; nothing in it has been run, and the words say so.
+        detail: ``"short"``: at most 25 lines; ``"full"``: every group, note and storage.
+        width: columns. The short form uses at most 120 of them, both at least 60.
+    """
+    full = detail == "full"
+    width = max(width, MIN_WIDTH) if full else min(max(width, MIN_WIDTH), MAX_WIDTH)
+    summary = summarize(plan)
+    head = [*_head(plan, full), *_actions(summary, full)]
+    kept = _kept(summary, plan, width, None if full else _MAX_KEPT)
+    notes = _notes(plan, width, None if full else _MAX_NOTE_LINES)
+    room = None if full else min(_MAX_CHANGED, MAX_LINES - 1 - len(head) - len(kept) - len(notes))
+    lines = [*head, *_changed(summary, width, room), *kept, *notes]
+    if full:
+        lines += ["", *_storages(plan, width)]
+    else:
+        lines = [crop(line, width) for line in lines[:MAX_LINES]]
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def render_note(text: str) -> str:
+    """Return a note on one line, e.g. ``ciuic: inference graph: compiled as Inductor would``."""
+    return crop(f"ciuic: {ascii_line(text)}", MAX_WIDTH) + "\n"
+
+
+def _head(plan: Plan, full: bool) -> list[str]:
+    shapes = "dynamic shapes, sizes as first traced" if plan.dynamic else ""
+    title = " | ".join(
+        ascii_line(t) for t in (plan.name or "graph", f"mode {plan.mode}", plan.device, shapes) if t
+    )
+    budget = ""
+    if plan.budget_bytes is not None:
+        fits = "within" if plan.planned_peak_bytes <= plan.budget_bytes else "OVER"
+        budget = f"; {fits} {size(plan.budget_bytes)} budget"
+    peaks = (plan.baseline_peak_bytes, plan.planned_peak_bytes)
+    saved = (plan.baseline_saved_bytes, plan.planned_saved_bytes)
+    tensors = f" in {plan.baseline_saved_count} tensors" if plan.baseline_saved_count else ""
+    errors = (percent(plan.gradient_error), percent(plan.gradient_error_bound))
+    cost = f"  cost   planned {duration(plan.time_us)} a step; gradient error {errors[0]}"
+    cost += f", any one parameter <= {errors[1]}"
+    cost += f"; plan within {percent(plan.gap)} of the best" if plan.gap > 0 else ""
+    lines = [
+        f"ciuic plan: {title}",
+        "  planned = estimated before the first run; parameters and inputs not counted",
+        f"  peak   Inductor {size(peaks[0])}, planned {size(peaks[1])}: {factor(*peaks)}{budget}",
+        f"  saved  Inductor {size(saved[0])}{tensors}, planned {size(saved[1])}: {factor(*saved)}",
+        cost,
+    ]
+    if full and plan.symbolic_saved_bytes:
+        lines.append(f"  saved bytes as an expression: {ascii_line(plan.symbolic_saved_bytes)}")
+    if full and plan.lower_bound:
+        lines.append(f"  optimiser: lower bound {plan.lower_bound:.6g}, gap {percent(plan.gap)}")
+    return lines
+
+
+def _actions(summary: Summary, full: bool) -> list[str]:
+    rows = list(summary.rows)
+    limit = 2 + _MAX_CODECS
+    if not full and len(rows) > limit:
+        rows[limit - 1 :] = [merge_rows("others", rows[limit - 1 :])]
+    if summary.uncounted.count:
+        rows.append(summary.uncounted)
+    cells = [("", "tensors", "full size", "Inductor saves", "plan saves")]
+    cells += [
+        (r.label, str(r.count), size(r.nbytes), size(r.baseline_bytes), size(r.saved_bytes)) for r in rows
+    ]
+    return _table(cells, "lrrrr", MAX_WIDTH)
+
+
+def _changed(summary: Summary, width: int, limit: int | None) -> list[str]:
+    groups = summary.changed
+    if not groups or (limit is not None and limit < 1):
+        return []
+    shown = groups if limit is None else groups[:limit]
+    cells: list[Cells] = []
+    for g in shown:
+        code = ascii_line(g.code) if width >= _WIDE else ""
+        sizes = f"{size(g.nbytes)} -> {size(g.saved_bytes)}"
+        cells.append((sizes, g.label, _times(g), *_place(g, width), code))
+    return [_heading("largest compressed or recomputed", shown, groups), *_table(cells, "rlrlll", width)]
+
+
+def _kept(summary: Summary, plan: Plan, width: int, limit: int | None) -> list[str]:
+    floor = 0 if limit is None else plan.planned_saved_bytes // 100
+    groups = [g for g in summary.kept if g.saved_bytes >= floor]
+    if not groups:
+        return []
+    shown = groups[:limit]
+    cells: list[Cells] = []
+    for g in shown:
+        place, where = _place(g, width)
+        reason = ascii_line(g.reason) if limit is None else crop(ascii_line(g.reason), width // 2)
+        cells.append((size(g.saved_bytes), _times(g), place, reason, where))
+    return [_heading("largest not compressed", shown, groups), *_table(cells, "rrlll", width)]
+
+
+def _notes(plan: Plan, width: int, limit: int | None) -> list[str]:
+    lines: list[str] = []
+    for note in plan.notes if limit is None else plan.notes[: limit + 1]:
+        text = ascii_line(note if limit is None else note[: width * (limit + 1)])
+        lines += textwrap.wrap(text, width, initial_indent="  note: ", subsequent_indent="    ")
+    if limit is not None and len(lines) > limit:
+        lines = [*lines[: limit - 1], f"  note: more notes than fit here; {_MORE}"]
+    return lines
+
+
+def _storages(plan: Plan, width: int) -> list[str]:
+    cells: list[Cells] = [
+        ("name", "action", "size", "saves", "error", "time", "kind", "dtype", "shape", "from", "why")
+    ]
+    for d in plan.decisions:
+        s = d.storage
+        where = f"{short_file(s.source.file)}:{s.source.line}" if s.source.file else "?"
+        cells.append((
+            crop(ascii_line(s.name), 40),
+            action_label(d) if d.codec is None else crop(ascii_line(d.codec), 24),
+            size(s.nbytes),
+            size(d.saved_bytes),
+            percent(d.error),
+            duration(d.time_us),
+            s.kind.value,
+            crop(ascii_line(s.dtype), 12),
+            crop("x".join(map(str, s.shape)), 24),
+            crop_left(ascii_line(f"{s.source.module} {where}".strip()), 56),
+            ascii_line(reason_of(d)) if d.reason or s.kept_because else "",
+        ))  # fmt: skip
+    return [
+        f"all {len(plan.decisions)} storages, in forward order",
+        *_table(cells, "llrrrrlllll", max(width, 240)),
+    ]
+
+
+def _heading(title: str, shown: Sequence[Group], every: Sequence[Group]) -> str:
+    hidden = f" (first {len(shown)} of {len(every)}; {_MORE})" if len(shown) < len(every) else ""
+    return f"  {title}{hidden}"
+
+
+def _times(group: Group) -> str:
+    return f"{group.count}x" if group.count > 1 else ""
+
+
+def _place(group: Group, width: int) -> Cells:
+    """Module path with op, and file:line, cut to what a row of ``width`` columns has room for."""
+    narrow = width < _WIDE
+    op = "" if narrow and group.module else ascii_line(group.op).removesuffix(".default")
+    module = ascii_line(group.module)
+    named = f"{module} ({op})" if module and op else module or op or "?"
+    room = width - 48
+    where = ascii_line(group.where)
+    where_room = room // 2 if narrow else room * 2 // 5
+    if len(where) > where_room:
+        where = where.rsplit("/", 1)[-1]
+    return crop_left(named, room // 2), crop_left(where, where_room)
+
+
+def _table(rows: Sequence[Cells], align: str, width: int) -> list[str]:
+    """Align cells in columns, one row a line, none longer than ``width``; the last column is cut first."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(align))]
+    lines: list[str] = []
+    for row in rows:
+        cells = (c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(row, widths, align, strict=True))
+        lines.append(crop(f"    {'  '.join(cells)}".rstrip(), width))
+    return lines
