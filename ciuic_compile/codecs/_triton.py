@@ -1,0 +1,166 @@
+"""Triton pieces shared by the integer codecs: the arithmetic of ``_quantize.py``, and the launch seam.
+
+Importing this needs triton. The results equal the reference bit for bit; where the compiler could
+contract a product and a sum into one fused multiply-add, either the product is exact (an integer
+of up to 8 bits times a bfloat16, a power of two) or a ``minimum`` stands between the two.
+Values that need special care (NaN, Inf, results beyond the output type) are handled in a branch that a
+program enters only when its own groups have some, so ordinary data does not pay for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.interpreter import InterpretedFunction
+
+SCALE_FLOOR: tl.constexpr = tl.constexpr(2.0**-125)
+BF16_MAX: tl.constexpr = tl.constexpr(3.3895313892515355e38)
+ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integer, ties to even
+# Triton 3.6's interpreter truncates to bfloat16 and flushes its subnormals; there we convert by hand.
+BY_HAND: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(x):  # type: ignore[no-untyped-def]
+    """Exact conversion to float32."""
+    if BY_HAND and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Convert float32 to ``dtype``, to nearest, ties to even."""
+    if BY_HAND and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def load_groups(ptr, offsets, numel, full):  # type: ignore[no-untyped-def]
+    """Load float32 values at ``offsets``, zeros from ``numel`` on; no masks (which scalarise) when ``full``."""
+    if full:
+        x = tl.load(ptr + offsets)
+    else:
+        x = tl.load(ptr + offsets, mask=offsets < numel, other=0.0)
+    return widen(x)
+
+
+@triton.jit
+def store_groups(ptr, offsets, value, numel, full):  # type: ignore[no-untyped-def]
+    """Store ``value`` at those ``offsets`` that are below ``numel``; no masks when ``full``."""
+    value = narrow(value, ptr.dtype.element_ty)
+    if full:
+        tl.store(ptr + offsets, value)
+    else:
+        tl.store(ptr + offsets, value, mask=offsets < numel)
+
+
+@triton.jit
+def amax_bits(x):  # type: ignore[no-untyped-def]
+    """Row maxima of |x| as int32 bits, which order like the values, Inf above all and NaN above Inf."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def finite_or(x, other):  # type: ignore[no-untyped-def]
+    """``x`` with every NaN and Inf replaced by ``other``."""
+    return tl.where(tl.abs(x) < float("inf"), x, other)
+
+
+@triton.jit
+def round_up_bf16(x):  # type: ignore[no-untyped-def]
+    """See _quantize.round_up_bf16."""
+    return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_down_bf16(x):  # type: ignore[no-untyped-def]
+    """See _quantize.round_down_bf16."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    rounded = tl.where(bits < 0, bits + 0xFFFF, bits) & -0x10000
+    return tl.maximum(rounded.to(tl.float32, bitcast=True), -BF16_MAX)
+
+
+@triton.jit
+def symmetric_scale(amax, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale from the largest finite magnitude of each group."""
+    raw = tl.where(special, amax * (1.0 / SPECIAL_TOP), amax * (1.0 / TOP))
+    return round_up_bf16(tl.maximum(raw, SCALE_FLOOR))
+
+
+@triton.jit
+def affine_scale(smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale and offset from the finite extremes of each group."""
+    offset = round_down_bf16(smallest)
+    half = 0.5 * largest - 0.5 * offset
+    raw = tl.where(special, half * (2.0 / SPECIAL_TOP), half * (2.0 / TOP))
+    return round_up_bf16(tl.maximum(raw, SCALE_FLOOR)), offset
+
+
+@triton.jit
+def round_code(v, top, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 whose low bits are round(min(v, top)) + BIAS in two's complement, for |v| <= 127."""
+    return (tl.minimum(v, top[:, None]) + (ROUNDER + BIAS)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def special_code(x, code, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Put the reserved codes where ``x`` is NaN or Inf."""
+    code = tl.where(x == float("inf"), POS, code)
+    code = tl.where(x == float("-inf"), NEG, code)
+    return tl.where(x != x, NAN, code)
+
+
+@triton.jit
+def special_value(v, code, special, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Put NaN and Inf where a group that has some holds their codes."""
+    v = tl.where(special[:, None] & (code == POS), float("inf"), v)
+    v = tl.where(special[:, None] & (code == NEG), float("-inf"), v)
+    return tl.where(special[:, None] & (code == NAN), float("nan"), v)
+
+
+@triton.jit
+def symmetric_value(code, scale, LIMIT: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Clamped values of symmetric codes."""
+    v = (code - BIAS).to(tl.float32) * tl.abs(scale)[:, None]
+    return tl.minimum(tl.maximum(v, -LIMIT), LIMIT)
+
+
+@triton.jit
+def affine_value(code, scale, offset, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Clamped values of affine codes, by way of halves so that nothing overflows on the way."""
+    half = code.to(tl.float32) * (tl.abs(scale) * 0.5)[:, None] + (offset * 0.5)[:, None]
+    return tl.minimum(tl.maximum(half, -0.5 * LIMIT), 0.5 * LIMIT) * 2.0
+
+
+INTERPRETED: bool = isinstance(amax_bits, InterpretedFunction)
+"""True when triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors."""
+
+TILE_BYTES = 8192
+"""Bytes of the original tensor that one program handles: 64 a thread, as 16-byte accesses."""
+
+
+def block_groups(dtype: torch.dtype, group_size: int) -> int:
+    """Groups a program handles, a power of two; the plan's choice of configuration (nothing is autotuned)."""
+    return max(1, TILE_BYTES // (dtype.itemsize * group_size))
+
+
+def launch(kernel: Any, programs: int | torch.SymInt, *args: Any, **constexprs: Any) -> None:
+    """Run ``kernel`` on a one-dimensional grid, or record it when a graph is being traced.
+
+    Traced (make_fx, torch.compile) it becomes a ``triton_kernel_wrapper`` node that Inductor sees
+    through; eagerly it launches; under the interpreter it is called directly, because ``wrap_triton``
+    refuses interpreted kernels on torch 2.11.
+    """
+    runner: Callable[..., Any] = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    runner[(programs,)](*args, **constexprs)  # type: ignore[index]

@@ -1,0 +1,186 @@
+"""INT4 groups in Triton: each program reads a tile of groups once and writes it once.
+
+The two halves of a group share bytes, so a program loads them as two tiles and never shuffles elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ciuic_compile.codecs import _triton as core
+from ciuic_compile.codecs._group import IntGroupCodec, group_count
+from ciuic_compile.codecs._triton import (
+    affine_scale,
+    affine_value,
+    amax_bits,
+    finite_or,
+    load_groups,
+    narrow,
+    round_code,
+    special_code,
+    special_value,
+    store_groups,
+    symmetric_scale,
+    symmetric_value,
+    widen,
+)
+from ciuic_compile.codecs.base import Encoded
+
+
+@triton.jit
+def encode_symmetric_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Quantize BLOCK groups of G floats: packed payload and bfloat16 scales."""
+    H: tl.constexpr = G // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, H)[None, :]
+    full = (first + BLOCK) * G <= numel
+    x0 = load_groups(x_ptr, row[:, None] * G + column, numel, full)
+    x1 = load_groups(x_ptr, row[:, None] * G + (H + column), numel, full)
+    bits = tl.maximum(amax_bits(x0), amax_bits(x1))
+    special = bits >= 0x7F800000
+    any_special = tl.max(special.to(tl.int32), 0) > 0
+    f0, f1 = x0, x1
+    if any_special:
+        f0 = finite_or(x0, 0.0)
+        f1 = finite_or(x1, 0.0)
+        bits = tl.maximum(amax_bits(f0), amax_bits(f1))
+    scale = symmetric_scale(bits.to(tl.float32, bitcast=True), special, 7, 6)
+    inverse = tl.math.div_rn(1.0, scale)[:, None]
+    top = tl.where(special, 6.0, 7.0)
+    code0 = round_code(f0 * inverse, top, 8)
+    code1 = round_code(f1 * inverse, top, 8)
+    if any_special:
+        code0 = special_code(x0, code0, 0, 15, 1)
+        code1 = special_code(x1, code1, 0, 15, 1)
+    packed = ((code0 & 15) | (code1 << 4)).to(tl.uint8)
+    tl.store(payload_ptr + (row[:, None] * H + column), packed, mask=(row < groups)[:, None])
+    tl.store(scale_ptr + row, narrow(tl.where(special, -scale, scale), tl.bfloat16), mask=row < groups)
+
+
+@triton.jit
+def encode_affine_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, payload_ptr, scale_ptr, offset_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Quantize BLOCK groups of G floats: packed payload, bfloat16 scales and offsets."""
+    H: tl.constexpr = G // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, H)[None, :]
+    full = (first + BLOCK) * G <= numel
+    x0 = load_groups(x_ptr, row[:, None] * G + column, numel, full)
+    x1 = load_groups(x_ptr, row[:, None] * G + (H + column), numel, full)
+    special = tl.maximum(amax_bits(x0), amax_bits(x1)) >= 0x7F800000
+    any_special = tl.max(special.to(tl.int32), 0) > 0
+    f0, f1 = x0, x1
+    if any_special:
+        smallest = tl.min(tl.minimum(finite_or(x0, float("inf")), finite_or(x1, float("inf"))), 1)
+        largest = tl.max(tl.maximum(finite_or(x0, float("-inf")), finite_or(x1, float("-inf"))), 1)
+        empty = smallest > largest
+        smallest = tl.where(empty, 0.0, smallest)
+        largest = tl.where(empty, 0.0, largest)
+        f0 = finite_or(x0, 0.0)
+        f1 = finite_or(x1, 0.0)
+    else:
+        smallest = tl.min(tl.minimum(x0, x1), 1)
+        largest = tl.max(tl.maximum(x0, x1), 1)
+    scale, offset = affine_scale(smallest, largest, special, 15, 12)
+    inverse = 2.0 * tl.math.div_rn(1.0, scale)[:, None]
+    half = 0.5 * offset[:, None]
+    top = tl.where(special, 12.0, 15.0)
+    v0 = (0.5 * f0 - half) * inverse
+    v1 = (0.5 * f1 - half) * inverse
+    if any_special:  # where zeros stand for NaN and Inf, and only there, v may leave the codes' range
+        v0 = tl.maximum(v0, 0.0)
+        v1 = tl.maximum(v1, 0.0)
+    code0 = round_code(v0, top, 0)
+    code1 = round_code(v1, top, 0)
+    if any_special:
+        code0 = special_code(x0, code0, 15, 14, 13)
+        code1 = special_code(x1, code1, 15, 14, 13)
+    packed = ((code0 & 15) | (code1 << 4)).to(tl.uint8)
+    tl.store(payload_ptr + (row[:, None] * H + column), packed, mask=(row < groups)[:, None])
+    tl.store(scale_ptr + row, narrow(tl.where(special, -scale, scale), tl.bfloat16), mask=row < groups)
+    tl.store(offset_ptr + row, narrow(offset, tl.bfloat16), mask=row < groups)
+
+
+@triton.jit
+def decode_symmetric_kernel(  # type: ignore[no-untyped-def]
+    payload_ptr, scale_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
+):
+    """Dequantize BLOCK groups of G symmetric codes into ``out_ptr``'s type."""
+    H: tl.constexpr = G // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, H)[None, :]
+    scale = widen(tl.load(scale_ptr + row, mask=row < groups, other=0.0))
+    packed = tl.load(payload_ptr + (row[:, None] * H + column), mask=(row < groups)[:, None], other=0)
+    code0 = (packed & 15).to(tl.int32)
+    code1 = (packed >> 4).to(tl.int32)
+    special = scale < 0.0
+    careful = special | (tl.abs(scale) * 7.0 > LIMIT)
+    if tl.max(careful.to(tl.int32), 0) > 0:
+        v0 = special_value(symmetric_value(code0, scale, LIMIT, 8), code0, special, 0, 15, 1)
+        v1 = special_value(symmetric_value(code1, scale, LIMIT, 8), code1, special, 0, 15, 1)
+    else:
+        v0 = (code0 - 8).to(tl.float32) * scale[:, None]
+        v1 = (code1 - 8).to(tl.float32) * scale[:, None]
+    full = (first + BLOCK) * G <= numel
+    store_groups(out_ptr, row[:, None] * G + column, v0, numel, full)
+    store_groups(out_ptr, row[:, None] * G + (H + column), v1, numel, full)
+
+
+@triton.jit
+def decode_affine_kernel(  # type: ignore[no-untyped-def]
+    payload_ptr, scale_ptr, offset_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
+):
+    """Dequantize BLOCK groups of G affine codes into ``out_ptr``'s type."""
+    H: tl.constexpr = G // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    column = tl.arange(0, H)[None, :]
+    scale = widen(tl.load(scale_ptr + row, mask=row < groups, other=0.0))
+    offset = widen(tl.load(offset_ptr + row, mask=row < groups, other=0.0))
+    packed = tl.load(payload_ptr + (row[:, None] * H + column), mask=(row < groups)[:, None], other=0)
+    code0 = (packed & 15).to(tl.int32)
+    code1 = (packed >> 4).to(tl.int32)
+    special = scale < 0.0
+    careful = special | (tl.abs(scale) * 15.0 + tl.abs(offset) > LIMIT)
+    if tl.max(careful.to(tl.int32), 0) > 0:
+        v0 = special_value(affine_value(code0, scale, offset, LIMIT), code0, special, 15, 14, 13)
+        v1 = special_value(affine_value(code1, scale, offset, LIMIT), code1, special, 15, 14, 13)
+    else:
+        v0 = code0.to(tl.float32) * scale[:, None] + offset[:, None]
+        v1 = code1.to(tl.float32) * scale[:, None] + offset[:, None]
+    full = (first + BLOCK) * G <= numel
+    store_groups(out_ptr, row[:, None] * G + column, v0, numel, full)
+    store_groups(out_ptr, row[:, None] * G + (H + column), v1, numel, full)
+
+
+def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
+    """Payload uint8 [groups, group_size / 2], scale and (affine) offset bfloat16 [groups]."""
+    numel, size = flat.shape[0], codec.group_size
+    groups = group_count(numel, size)
+    payload = torch.empty((groups, size // 2), dtype=torch.uint8, device=flat.device)
+    qparams = [
+        torch.empty((groups,), dtype=torch.bfloat16, device=flat.device) for _ in range(1 if codec.symmetric else 2)
+    ]
+    block = core.block_groups(flat.dtype, size)
+    kernel = encode_symmetric_kernel if codec.symmetric else encode_affine_kernel
+    core.launch(kernel, group_count(groups, block), flat, payload, *qparams, numel, groups, G=size, BLOCK=block)
+    return (payload, *qparams)
+
+
+def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
+    """The first ``numel`` elements as a flat tensor of ``dtype``."""
+    out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
+    groups, block = encoded[0].shape[0], core.block_groups(dtype, codec.group_size)
+    kernel = decode_symmetric_kernel if codec.symmetric else decode_affine_kernel
+    programs, limit = group_count(groups, block), torch.finfo(dtype).max
+    core.launch(kernel, programs, *encoded, out, numel, groups, G=codec.group_size, BLOCK=block, LIMIT=limit)
+    return out

@@ -1,0 +1,92 @@
+"""INT8 groups in Triton: each program reads a tile of groups once and writes it once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ciuic_compile.codecs import _triton as core
+from ciuic_compile.codecs._group import IntGroupCodec, group_count
+from ciuic_compile.codecs._triton import (
+    amax_bits,
+    finite_or,
+    load_groups,
+    narrow,
+    round_code,
+    special_code,
+    special_value,
+    store_groups,
+    symmetric_scale,
+    symmetric_value,
+    widen,
+)
+from ciuic_compile.codecs.base import Encoded
+
+
+@triton.jit
+def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Quantize BLOCK groups of G floats: int8 payload and bfloat16 scales."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    offsets = row[:, None] * G + tl.arange(0, G)[None, :]
+    x = load_groups(x_ptr, offsets, numel, (first + BLOCK) * G <= numel)
+    bits = amax_bits(x)
+    special = bits >= 0x7F800000
+    any_special = tl.max(special.to(tl.int32), 0) > 0
+    finite = x
+    if any_special:
+        finite = finite_or(x, 0.0)
+        bits = amax_bits(finite)
+    scale = symmetric_scale(bits.to(tl.float32, bitcast=True), special, 127, 126)
+    top = tl.where(special, 126.0, 127.0)
+    code = round_code(finite * tl.math.div_rn(1.0, scale)[:, None], top, 0)
+    if any_special:
+        code = special_code(x, code, -128, 127, -127)
+    tl.store(payload_ptr + offsets, code.to(tl.int8), mask=(row < groups)[:, None])
+    tl.store(scale_ptr + row, narrow(tl.where(special, -scale, scale), tl.bfloat16), mask=row < groups)
+
+
+@triton.jit
+def decode_kernel(  # type: ignore[no-untyped-def]
+    payload_ptr, scale_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
+):
+    """Dequantize BLOCK groups of G int8 codes into ``out_ptr``'s type."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    row = first + tl.arange(0, BLOCK)
+    offsets = row[:, None] * G + tl.arange(0, G)[None, :]
+    scale = widen(tl.load(scale_ptr + row, mask=row < groups, other=0.0))
+    code = tl.load(payload_ptr + offsets, mask=(row < groups)[:, None], other=0)
+    special = scale < 0.0
+    careful = special | (tl.abs(scale) * 127.0 > LIMIT)
+    if tl.max(careful.to(tl.int32), 0) > 0:
+        v = symmetric_value(code.to(tl.int32), scale, LIMIT, 0)
+        v = special_value(v, code.to(tl.int32), special, -128, 127, -127)
+    else:
+        v = code.to(tl.float32) * scale[:, None]
+    store_groups(out_ptr, offsets, v, numel, (first + BLOCK) * G <= numel)
+
+
+def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
+    """Payload int8 [groups, group_size] and scale bfloat16 [groups] of a flat contiguous float tensor."""
+    numel, size = flat.shape[0], codec.group_size
+    groups = group_count(numel, size)
+    payload = torch.empty((groups, size), dtype=torch.int8, device=flat.device)
+    scale = torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
+    block = core.block_groups(flat.dtype, size)
+    programs = group_count(groups, block)
+    core.launch(encode_kernel, programs, flat, payload, scale, numel, groups, G=size, BLOCK=block)
+    return payload, scale
+
+
+def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
+    """The first ``numel`` elements as a flat tensor of ``dtype``."""
+    payload, scale = encoded
+    out = torch.empty((numel,), dtype=dtype, device=payload.device)
+    groups, block = payload.shape[0], core.block_groups(dtype, codec.group_size)
+    programs, limit = group_count(groups, block), torch.finfo(dtype).max
+    core.launch(
+        decode_kernel, programs, payload, scale, out, numel, groups, G=codec.group_size, BLOCK=block, LIMIT=limit
+    )
+    return out
