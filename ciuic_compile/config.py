@@ -195,8 +195,8 @@ def parse_size(option: str, value: Any) -> int:
     """
     size: int | None = None
     fix = "write e.g. 12884901888 or '12GiB'"
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        size = int(value)
+    if (whole := _integer(value)) is not None:
+        size = whole
     elif isinstance(value, float) and 0 <= value <= 1:
         fix += "; this is bytes, not torch's fraction"
     elif isinstance(value, float) and math.isfinite(value) and value > 1:
@@ -227,10 +227,7 @@ def _with_mode(given: dict[Any, Any], mode: Any) -> dict[Any, Any]:
     if isinstance(mode, str) and mode in INDUCTOR_MODES:
         name, value = "inductor_mode", mode
     else:
-        name, value = (
-            "mode",
-            _parse_mode("mode", mode, INDUCTOR_MODES),
-        )
+        name, value = "mode", _parse_mode("mode", mode, INDUCTOR_MODES)
     if name in given and _PARSERS[name](name, given[name]) != value:
         raise _wrong(
             name, given[name], "one value", f"mode={mode!r} was given beside it; keep one of the two"
@@ -242,13 +239,8 @@ def _parse_mode(name: str, value: Any, also: tuple[str, ...] = ()) -> str:
     """Return our mode in its canonical spelling; ``also``: modes the message calls valid as well."""
     valid = _MODE_VALID + (f", or an Inductor mode: {_join(also)}" if also else "")
     fix = "write e.g. mode='4:1'"
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 1
-    ):
-        fix = f"write it as a string: mode='{value:g}:1'"
+    if (number := _finite(value)) is not None and number >= 1:
+        fix = f"write it as a string: mode='{number:g}:1'"
     elif isinstance(value, str):
         if value in ("lossless", "off"):
             return value
@@ -276,17 +268,33 @@ def _parse_budget(name: str, value: Any) -> int | None:
 def _parse_max_error(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    number = _finite(value)
+    if number is None or number <= 0:
         raise _wrong(
             name, value, "a finite number above 0, e.g. 0.05 for 5%", "leave max_error out for no cap"
         )
-    return float(value)
+    return number
+
+
+def _integer(value: Any) -> int | None:
+    """Return an integer of any kind as an int; None for everything else, bools among it."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+
+
+def _finite(value: Any) -> float | None:
+    """Return a real, finite number as a float; None for everything else, bools among it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _parse_group_size(name: str, value: Any) -> int:
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) in GROUP_SIZES:
-        return int(value)
+    if (size := _integer(value)) in GROUP_SIZES:
+        return size
     raise _wrong(name, value, _join(GROUP_SIZES), "64 is the default; smaller is more exact and less compact")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, Literal, TextIO, cast
 
 from ciuic_compile.config import CompileConfig
-from ciuic_compile.report._format import factor, size
+from ciuic_compile.report._format import ascii_line, crop, size
 from ciuic_compile.report.html import render_html
 from ciuic_compile.report.plan_json import to_json
 from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text
@@ -65,9 +65,9 @@ def emit(plan: Plan, config: CompileConfig) -> str | None:
         LOGGER.warning("ciuic: cannot write the plan to %s: %s", path, error)
         _log(lambda: render_text(plan, "short", _columns()))
         return None
-    peaks = (plan.baseline_peak_bytes, plan.planned_peak_bytes)
-    head = f"{plan.name}: planned peak {size(peaks[1])}, {factor(*peaks)} than Inductor's; plan in "
-    _log(lambda: render_note(head[: MAX_WIDTH // 2]).rstrip() + f" {path}")
+    peaks = f"planned peak {size(plan.planned_peak_bytes)} (Inductor {size(plan.baseline_peak_bytes)})"
+    name = crop(ascii_line(plan.name), 40)
+    _log(lambda: f"ciuic: {name}: {peaks}; the plan is in {ascii_line(path)}\n")
     return path
 
 

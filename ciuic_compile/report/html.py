@@ -89,7 +89,8 @@ at most {{ percent(p.gradient_error_bound) }} in any parameter.</p>
 <i class="{{ tone(r.label) }}" style="width: {{ share(r.saved_bytes, r.nbytes) }}%"></i></div></td></tr>
 {% endfor %}
 </table>
-{% for title, groups in (("Largest compressed or recomputed", s.changed), ("Largest not compressed", s.kept)) if groups %}
+{% for title, groups in (("Largest compressed or recomputed", s.changed),
+("Largest not compressed", s.kept)) if groups %}
 <h2>{{ title }}</h2>
 <div class="scroll"><table>
 <tr><th class="n">full size</th><th class="n">plan saves</th><th>action</th><th class="n">tensors</th>
