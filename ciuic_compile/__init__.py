@@ -1,0 +1,33 @@
+"""ciuic-compile: a memory compiler for PyTorch.
+
+``torch.compile(model, backend="ciuic")`` needs no import of this package; ``enable_compression`` is
+the two-line form, ``plans`` returns what was decided.
+"""
+
+from __future__ import annotations
+
+from .api import disable_compression, enable_compression, plans, register
+from .errors import CiuicError, InfeasibleBudgetError, OptionError, PassError, PlanFileError, VerificationError
+from .types import Action, Decision, Plan, Source, Storage, TensorClass
+
+__version__ = "0.1.0"
+__all__ = [
+    "Action",
+    "CiuicError",
+    "Decision",
+    "InfeasibleBudgetError",
+    "OptionError",
+    "PassError",
+    "Plan",
+    "PlanFileError",
+    "Source",
+    "Storage",
+    "TensorClass",
+    "VerificationError",
+    "__version__",
+    "disable_compression",
+    "enable_compression",
+    "plans",
+]
+
+register()

@@ -1,0 +1,129 @@
+"""Stage 3: what could live from forward to backward, what each storage may become, and at what cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from . import compat
+from .capture import CapturedGraph, owner, tensor
+from .classify import MIN_BITS, Classifier, is_reduction
+from .codecs import Codec, get_codec
+from .config import CompileConfig
+from .simulate import tensor_bytes
+from .types import Source, Storage, TensorClass
+
+_TORCH = str(Path(torch.__file__).parent)
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
+BITMASK = "bitmask"
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Storages of one joint graph under one configuration.
+
+    Attributes:
+        captured: the joint graph.
+        config: the user's options.
+    """
+
+    captured: CapturedGraph
+    config: CompileConfig
+
+    @cached_property
+    def classes(self) -> Classifier:
+        """Classes of the forward values (numerics rules)."""
+        return Classifier(self.captured)
+
+    @cached_property
+    def baseline(self) -> dict[fx.Node, int]:
+        """What Inductor's min-cut saves: storage owner -> bytes, parameters and inputs excluded."""
+        return self.storages_of(self.captured.baseline_saved)
+
+    def storages_of(self, saved: Sequence[fx.Node]) -> dict[fx.Node, int]:
+        """Owners of the storages behind saved nodes, with their bytes; parameters and inputs excluded."""
+        return {
+            base: tensor_bytes(base.meta.get("val"))
+            for base in dict.fromkeys(owner(n) for n in saved if tensor(n) is not None)
+            if base.op not in ("placeholder", "get_attr")
+        }
+
+    def codecs(self, node: fx.Node) -> list[Codec]:
+        """Codecs that are legal for the storage of ``node``; empty when it must be kept."""
+        value = tensor(node)
+        if value is None or tensor_bytes(value) < self.config.min_bytes or self.excluded_because(node):
+            return []
+        if value.dtype == torch.bool and node not in self.classes.pinned:
+            return [get_codec(BITMASK)]
+        if not self.config.lossy or self.classes.kept_because(node):
+            return []
+        fewest = MIN_BITS.get(self.classes.kind(node), 4)
+        group = self.config.group_size
+        names = (f"int8_group{group}", f"int4_group{group}_affine", f"int4_group{group}")
+        return [c for c in map(get_codec, names) if c.bits >= fewest]
+
+    def stored_bytes(self, node: fx.Node) -> float:
+        """Bytes the value would take once stored the way this mode is likely to store it."""
+        size = tensor_bytes(node.meta.get("val"))
+        codecs = self.codecs(node)
+        if not codecs:
+            return float(size)
+        value = tensor(node)
+        assert value is not None
+        aggressive = self.config.ratio is not None and self.config.ratio >= 3
+        codec = codecs[-1] if aggressive else codecs[0]
+        return float(codec.encoded_bytes(compat.hint(value.numel()), value.dtype.itemsize))
+
+    def excluded_because(self, node: fx.Node) -> str | None:
+        """Why the user's ``allow``/``deny`` leave this value alone."""
+        return self.config.excluded_because(self.source(node).module, str(node.target))
+
+    def kept_because(self, node: fx.Node) -> str | None:
+        """Why no codec is legal here, or None."""
+        if self.codecs(node):
+            return None
+        if tensor_bytes(node.meta.get("val")) < self.config.min_bytes:
+            return f"smaller than min_bytes ({self.config.min_bytes} B)"
+        return self.excluded_because(node) or self.classes.kept_because(node) or "mode is lossless"
+
+    def source(self, node: fx.Node) -> Source:
+        """The user's line and module that made this value (torch's own frames are skipped)."""
+        frames = [m for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+        users = [m for m in frames if not m["file"].startswith(_TORCH)]
+        frame = (users or frames)[-1] if frames else None
+        stack = node.meta.get("nn_module_stack") or {}
+        module = str(list(stack.values())[-1][0]) if stack else ""
+        module = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", module)
+        module = re.sub(r"\._modules\[['\"](\w+)['\"]\]|\[['\"]?(\w+)['\"]?\]", r".\1\2", module)
+        if frame is None:
+            return Source(module=module)
+        return Source(frame["file"], int(frame["line"]), frame["code"].strip(), module)
+
+    def storage(self, node: fx.Node) -> Storage:
+        """The plan's view of a storage."""
+        value = tensor(node)
+        assert value is not None
+        numel = compat.to_sympy(value.numel())
+        return Storage(
+            name=node.name,
+            shape=tuple(compat.hint(s) for s in value.shape),
+            dtype=str(value.dtype).removeprefix("torch."),
+            nbytes=tensor_bytes(value),
+            symbolic_bytes=str(numel * value.dtype.itemsize),
+            kind=TensorClass.STATISTIC if is_reduction(node) else self.classes.kind(node),
+            op=str(node.target),
+            source=self.source(node),
+            kept_because=self.kept_because(node),
+            min_bits=MIN_BITS.get(self.classes.kind(node), 4),
+        )
+
+
+def analyze(captured: CapturedGraph, config: CompileConfig) -> MemoryModel:
+    """Build the memory model of a captured graph (lazy: nothing is computed before it is read)."""
+    return MemoryModel(captured, config)

@@ -1,0 +1,85 @@
+"""Stage 2: the joint graph, as torch's partitioner classified it, in one frozen object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from . import compat
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A joint forward-backward graph at the partition point.
+
+    Attributes:
+        graph: the functional, decomposed joint graph; never modified after capture.
+        info: torch's classification of its nodes.
+        baseline_saved: nodes that Inductor's own min-cut would save (parameters included).
+        num_fwd_outputs: how many of the graph's outputs belong to the forward.
+    """
+
+    graph: fx.Graph
+    info: compat.NodeInfo
+    baseline_saved: tuple[fx.Node, ...]
+    num_fwd_outputs: int
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node in the joint graph."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def parameters(self) -> frozenset[fx.Node]:
+        """Placeholders that live as long as the model: parameters and buffers."""
+        return frozenset(self.info.static_lifetime_input_nodes)
+
+    @cached_property
+    def fwd_outputs(self) -> tuple[fx.Node, ...]:
+        """Nodes that the compiled forward returns to the user."""
+        flat = torch.utils._pytree.arg_tree_leaves(*self.graph.output_node().args)
+        return tuple(n for n in flat[: self.num_fwd_outputs] if isinstance(n, fx.Node))
+
+    @cached_property
+    def bwd_outputs(self) -> tuple[fx.Node, ...]:
+        """Gradient nodes, in the order of the inputs; inputs without a gradient are left out."""
+        flat = torch.utils._pytree.arg_tree_leaves(*self.graph.output_node().args)
+        return tuple(n for n in flat[self.num_fwd_outputs :] if isinstance(n, fx.Node))
+
+    @cached_property
+    def savable(self) -> tuple[fx.Node, ...]:
+        """Nodes that need no tangent, in order: the forward can compute each of them."""
+        return tuple(n for n in self.graph.nodes if n.op != "output" and not self.is_backward(n))
+
+    def is_backward(self, node: fx.Node) -> bool:
+        """Whether the node depends on a tangent, so that only the backward can compute it."""
+        return node in self.info.tangents_closure
+
+
+def owner(node: fx.Node) -> fx.Node:
+    """The node whose storage this node's value aliases (itself when it aliases none).
+
+    Follows views and the getitems of multi-output views such as ``split``.
+    """
+    while True:
+        if compat.is_getitem(node):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if not compat.is_view(source):
+                return node
+            node = source
+        elif compat.is_view(node):
+            base = node.args[0]
+            assert isinstance(base, fx.Node)
+            node = base
+        else:
+            return node
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    """The node's fake tensor, or None for numbers, tuples and nodes without a value."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None

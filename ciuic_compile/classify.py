@@ -1,0 +1,271 @@
+"""Which forward values may be stored lossily, and how far: the numerics rules as code.
+
+Each rule comes from a measurement (docs/numerics.md). The result is a :class:`TensorClass` for
+every forward node, a reason where a codec is illegal, and the fewest bits where one is legal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from . import compat
+from .capture import CapturedGraph, owner, tensor
+from .types import TensorClass
+
+aten = torch.ops.aten
+_REDUCTIONS = {
+    aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.var_mean, aten.std, aten.prod,
+    aten.logsumexp, aten.any, aten.all, aten.argmax, aten.argmin, aten.max, aten.min, aten.linalg_vector_norm,
+    torch.ops.prims.var, torch.ops.prims.sum, torch.ops.prims.prepare_softmax_online,
+}  # fmt: skip
+_ATTENTION = ("_scaled_dot_product", "_flash_attention_forward", "_efficient_attention_forward", "flex_attention")
+_CONTRACTIONS = {
+    aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._scaled_mm, aten.addbmm, aten._int_mm,
+}  # fmt: skip
+
+#: Random numbers that are a pure function of a saved seed: rebuilt, they are the same numbers.
+REBUILDABLE_RANDOM = {
+    torch.ops.prims.inductor_seeds,
+    torch.ops.prims.inductor_lookup_seed,
+    torch.ops.prims.inductor_random,
+    torch.ops.prims.inductor_randint,
+}
+
+REASONS = {
+    TensorClass.INPUT: "shares its storage with a parameter, an input or an output",
+    TensorClass.STATISTIC: "a statistic (mean, variance, logsumexp): an error in it scales whole rows",
+    TensorClass.INDEX: "integers or booleans: exact or wrong",
+    TensorClass.LOSS: "only the loss is computed from it (logits): lossy logits cost accuracy at any width",
+    TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: its probabilities would not sum to one",
+}
+MIN_BITS = {TensorClass.ATTENTION_QK: 8}
+
+
+def packet(node: fx.Node) -> object:
+    """The op without its overload, e.g. ``aten.mm``; the target itself for other callables."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether the node is a fused attention forward."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(key in name for key in _ATTENTION) and "backward" not in name
+
+
+def is_contraction(node: fx.Node) -> bool:
+    """Whether the node is a matmul, convolution or fused attention: never recomputed, never fused."""
+    return packet(node) in _CONTRACTIONS or is_attention(node)
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether the node reduces along a dimension (elementwise ``max(a, b)`` does not)."""
+    if packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) > 1:
+        return False
+    return packet(node) in _REDUCTIONS
+
+
+class Classifier:
+    """Classes of the forward nodes of one joint graph.
+
+    Args:
+        captured: the joint graph.
+    """
+
+    def __init__(self, captured: CapturedGraph) -> None:
+        self._captured = captured
+        self._forward = captured.savable
+        self._forward_set = set(self._forward)
+
+    def kind(self, node: fx.Node) -> TensorClass:
+        """The class of a forward node's value."""
+        value = tensor(node)
+        if owner(node) in self.pinned or value is None:
+            return TensorClass.INPUT
+        if not value.dtype.is_floating_point:
+            return TensorClass.INDEX
+        if node in self._statistics:
+            return TensorClass.STATISTIC
+        if node not in self._feeds_contraction:
+            return TensorClass.LOSS
+        if node in self._softmax_inputs:
+            return TensorClass.SOFTMAX_INPUT
+        for kind, members in self._attention_operands.items():
+            if node in members:
+                return kind
+        return TensorClass.LINEAR_INPUT if self._is_linear_input(node) else TensorClass.ACTIVATION
+
+    def kept_because(self, node: fx.Node) -> str | None:
+        """Why the value must stay exact, or None when a codec is legal."""
+        reason = REASONS.get(self.kind(node))
+        if reason:
+            return reason
+        value = tensor(node)
+        assert value is not None
+        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"no codec for {value.dtype}"
+        if node in self._from_parameters:
+            return "computed from parameters alone: parameters are never lossy"
+        if node in self.exact:
+            return "rebuilt exactly from the inputs where it is needed"
+        if value.layout != torch.strided or not is_dense(value):
+            return "its elements do not fill their storage"
+        if node.meta.get("saved_tensor_with_no_vc_check"):
+            return "stashed by a custom autograd function without a version check"
+        return None
+
+    @cached_property
+    def pinned(self) -> set[fx.Node]:
+        """Storages that live on whatever we do: inputs, constants, the forward's outputs."""
+        placeholders = {n for n in self._captured.graph.nodes if n.op in ("placeholder", "get_attr")}
+        return placeholders | {owner(n) for n in self._captured.fwd_outputs}
+
+    @cached_property
+    def exact(self) -> set[fx.Node]:
+        """Values rebuilt from parameters, inputs, seeds and integers alone, by cheap operations: the
+        backward gets the same bits whatever the codecs do. Never stored lossily themselves."""
+        found: set[fx.Node] = set()
+        for node in self._forward:
+            inputs = all(i in found for i in node.all_input_nodes)
+            if node.op in ("placeholder", "get_attr") or (inputs and _is_rebuildable(node)):
+                found.add(node)
+        return found
+
+    @cached_property
+    def _from_parameters(self) -> set[fx.Node]:
+        """Values that depend on parameters and constants only (bf16 casts of weights, say)."""
+        found: set[fx.Node] = set()
+        for node in self._forward:
+            if node in self._captured.parameters or node.op == "get_attr":
+                found.add(node)
+            elif node.op == "call_function" and all(i in found for i in node.all_input_nodes):
+                if not compat.is_random(node):
+                    found.add(node)
+        return found
+
+    @cached_property
+    def _statistics(self) -> set[fx.Node]:
+        """Reductions, second outputs of fused attention, and elementwise functions of only those."""
+        found: set[fx.Node] = set()
+        for node in self._forward:
+            if node.op != "call_function":
+                continue
+            inputs = node.all_input_nodes
+            if is_reduction(node):
+                found.add(node)
+            elif compat.is_getitem(node):
+                source = inputs[0]
+                if is_reduction(source) or (is_attention(source) and node.args[1] != 0):
+                    found.add(node)
+            elif any(i in found for i in inputs) and all(
+                i in found or i in self._from_parameters or tensor(i) is None for i in inputs
+            ):
+                if not is_contraction(node):
+                    found.add(node)
+        return found
+
+    @cached_property
+    def _feeds_contraction(self) -> set[fx.Node]:
+        """Nodes from which a later matmul, convolution or attention is computed."""
+        found: set[fx.Node] = set()
+        for node in reversed(self._forward):
+            if any(u in self._forward_set and (u in found or is_contraction(u)) for u in node.users):
+                found.add(node)
+        return found
+
+    @cached_property
+    def _softmax_inputs(self) -> set[fx.Node]:
+        """Values exponentiated and summed: backwards from ``exp -> sum`` through elementwise ops."""
+        starts = [
+            node
+            for node in self._forward
+            if packet(node) in (aten.exp, aten.exp2)
+            and any(packet(u) is aten.sum for u in _users_through_views(node))
+        ]
+        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics) - set(starts)
+
+    @cached_property
+    def _attention_operands(self) -> dict[TensorClass, set[fx.Node]]:
+        calls = [n for n in self._forward if is_attention(n)]
+
+        def operands(indices: Iterable[int]) -> set[fx.Node]:
+            starts = [n.args[i] for n in calls for i in indices if isinstance(n.args[i], fx.Node)]
+            return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics)
+
+        outputs = {g for n in calls for g in n.users if compat.is_getitem(g) and g.args[1] == 0}
+        outputs |= {n for n in self._forward if owner(n) in outputs}
+        return {
+            TensorClass.ATTENTION_QK: operands((0, 1)),
+            TensorClass.ATTENTION_V: operands((2,)),
+            TensorClass.ATTENTION_OUT: outputs,
+        }
+
+    def _upstream(self, starts: Iterable[object], stop: object) -> set[fx.Node]:
+        """``starts`` and everything they are computed from, up to and including ``stop`` nodes."""
+        assert callable(stop)
+        found: set[fx.Node] = set()
+        stack = [n for n in starts if isinstance(n, fx.Node)]
+        while stack:
+            node = stack.pop()
+            if node in found or node not in self._forward_set or node in self._from_parameters:
+                continue
+            found.add(node)
+            if not stop(node):
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def _is_linear_input(self, node: fx.Node) -> bool:
+        """Whether the backward uses the value, through views and casts, only as a matmul operand."""
+        stack, seen = [node], {node}
+        used = False
+        while stack:
+            for user in stack.pop().users:
+                if user in seen or not (self._captured.is_backward(user) or compat.is_view(user) or _is_cast(user)):
+                    continue
+                seen.add(user)
+                if compat.is_view(user) or _is_cast(user):
+                    stack.append(user)
+                elif is_contraction(user):
+                    used = True
+                else:
+                    return False
+        return used
+
+
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether the elements fill their storage without gaps or overlap, in some dimension order."""
+    expected: int | torch.SymInt = 1
+    dims = sorted(range(value.dim()), key=lambda d: (compat.hint(value.stride(d)), -d))
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    for dim in dims:
+        if statically_known_true(value.size(dim) == 1):
+            continue
+        if not statically_known_true(value.stride(dim) == expected):
+            return False
+        expected = expected * value.size(dim)
+    return True
+
+
+def _is_rebuildable(node: fx.Node) -> bool:
+    if packet(node) in REBUILDABLE_RANDOM or compat.is_view(node) or compat.is_symbolic(node):
+        return True
+    return compat.is_recomputable(node) and not compat.is_random(node) and not is_contraction(node)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return packet(node) in (torch.ops.prims.convert_element_type, aten._to_copy)
+
+
+def _users_through_views(node: fx.Node) -> list[fx.Node]:
+    users: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            users.append(user)
+            if compat.is_view(user) or _is_cast(user):
+                stack.append(user)
+    return users

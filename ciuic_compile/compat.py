@@ -1,0 +1,269 @@
+"""Every use of torch's private names, and every difference between torch 2.11 and 2.13, lives here.
+
+Line numbers and findings: docs/torch-internals.md.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+import torch._functorch.partitioners as _partitioners
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch._aot_autograd.descriptors import (
+    SavedForBackwardsAOTOutput,
+    SavedForBackwardsNoVcCheckAOTOutput,
+)
+from torch._functorch.partitioners import NodeInfo, must_recompute
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "NodeInfo",
+    "extract",
+    "hint",
+    "is_collective",
+    "is_recomputable",
+    "is_random",
+    "is_view",
+    "is_symbolic",
+    "must_recompute",
+    "must_save",
+    "partition_with",
+    "renumber_saved_descs",
+]
+
+Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
+_ops = _partitioners.get_default_op_list()
+
+
+def partition_with(
+    joint: fx.GraphModule, joint_inputs: Sequence[object], choose: Chooser, **kwargs: Any
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Run torch's own min-cut partitioner, with ``choose`` in place of its choice of saved values.
+
+    CSE, checkpoint tags, RNG functionalization, collectives, extraction and the backward's order
+    stay torch's. ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
+    ``baseline()`` computes what torch would have saved. It is not called when nothing in the graph
+    depends on the tangents (torch then uses its default partitioner).
+    """
+    original = _partitioners.choose_saved_values_set
+
+    def chooser(graph: fx.Graph, info: NodeInfo, memory_budget: float = 1) -> list[fx.Node]:
+        return choose(graph, info, lambda: original(graph, info, memory_budget=1))
+
+    # Dynamo compiles under one global lock, so no other partition runs while this is patched.
+    with mock.patch.object(_partitioners, "choose_saved_values_set", chooser):
+        return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+
+def extract(
+    joint: fx.GraphModule, saved: Sequence[fx.Node], info: NodeInfo, num_fwd_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward graphs for a set of saved values, in torch's backward order (no RNG)."""
+    opaque = getattr(_partitioners, "is_opaque_node", lambda node: False)
+    extra: dict[str, Any] = {}
+    if hasattr(_partitioners, "is_opaque_node"):  # 2.13
+        extra["saved_opaque_nodes"] = [n for n in saved if opaque(n)]
+    forward, backward = _partitioners._extract_fwd_bwd_modules(
+        joint,
+        [n for n in saved if not _partitioners.is_sym_node(n) and not opaque(n)],
+        saved_sym_nodes=[n for n in saved if _partitioners.is_sym_node(n)],
+        num_fwd_outputs=num_fwd_outputs,
+        static_lifetime_input_nodes=info.static_lifetime_input_nodes,
+        **extra,
+    )
+    return forward, _partitioners.reordering_to_mimic_autograd_engine(backward)
+
+
+def must_save(node: fx.Node) -> bool:
+    """Whether the user's checkpoint policy, or torch, says that this node is saved."""
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node's value aliases its first argument's storage."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default):
+        return True
+    returns = target._schema.returns
+    alias = returns[0].alias_info if returns else None
+    return alias is not None and not alias.is_write
+
+
+def is_recomputable(node: fx.Node) -> bool:
+    """Whether torch allows this op to run again in the backward (cheap and deterministic)."""
+    return bool(_ops.is_recomputable(node)) and not _ops.is_compute_intensive(node)
+
+
+def is_fusible(node: fx.Node) -> bool:
+    """Whether Inductor can fuse this op with pointwise neighbours."""
+    return bool(_ops.is_fusible(node))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether running the op twice gives different values."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in target.tags or bool(_ops.is_random(node))
+    )
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether the op talks to other ranks; such an op is never run twice."""
+    return getattr(node.target, "namespace", "") in ("_c10d_functional", "c10d_functional")
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether the node's value is a symbolic number, not a tensor."""
+    return bool(_partitioners.is_sym_node(node))
+
+
+def hint(value: int | torch.SymInt | sympy.Expr, fallback: int = 4096) -> int:
+    """A concrete size for planning: the example's own value; ``fallback`` for unbacked symbols."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, torch.SymInt):
+        node = value.node
+        if node.has_hint():
+            return int(node.hint)
+        return fallback
+    return int(value) if value.is_number else fallback
+
+
+def to_sympy(value: int | torch.SymInt) -> sympy.Expr:
+    """The sympy expression behind a size."""
+    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+
+
+def free_symbols(value: Any) -> set[sympy.Symbol]:
+    """Symbols that appear in a size or a fake tensor."""
+    return set(symbolic_shapes.free_symbols(value))
+
+
+def renumber_saved_descs(output: fx.Node, num_fwd_outputs: int) -> None:
+    """Make an output node's descriptors match its arguments again after saved values changed.
+
+    AOTAutograd keeps one descriptor an output; every saved value gets the descriptor of its
+    new position, keeping the version-counter kind.
+    """
+    (values,) = output.args
+    assert isinstance(values, tuple)
+    descs = list(output.meta.get("desc", []))[:num_fwd_outputs]
+    for index, node in enumerate(values[num_fwd_outputs:]):
+        unchecked = isinstance(node, fx.Node) and node.meta.get("saved_tensor_with_no_vc_check", False)
+        kind = SavedForBackwardsNoVcCheckAOTOutput if unchecked else SavedForBackwardsAOTOutput
+        descs.append(kind(index))
+    output.meta["desc"] = descs
+    if "output_stack_traces" in output.meta:
+        output.meta["output_stack_traces"] = [
+            n.meta.get("stack_trace") if isinstance(n, fx.Node) else None for n in values
+        ]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node picks one output of a multi-output op."""
+    return node.target is operator.getitem
+
+
+def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
+    """A node of ``graph`` that computes ``size`` from the graph's symbol inputs (ints stay ints).
+
+    Inserts at the graph's current insertion point. Raises ``LookupError`` when a symbol is not an input.
+    """
+    if isinstance(size, int):
+        return size
+    expression = to_sympy(size)
+    if expression.is_number:
+        return int(expression)
+    inputs: dict[sympy.Symbol, fx.Proxy] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            inputs[value.node.expr] = fx.Proxy(node)
+    missing = expression.free_symbols - set(inputs)
+    if missing:
+        raise LookupError(f"size {expression} needs {missing}, which the graph does not receive")
+    if expression in inputs:
+        return inputs[expression].node
+    before = set(graph.nodes)
+    proxy = sympy_interp(PythonReferenceAnalysis, inputs, expression)
+    for node in graph.nodes:
+        if node not in before:
+            node.meta["val"] = node.target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args))
+    return proxy.node  # type: ignore[no-any-return]
+
+
+def inline(
+    graph: fx.Graph, before: fx.Node, fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]
+) -> list[fx.Node]:
+    """Trace ``fn`` on the nodes' fake values and copy what it does into ``graph`` before a node.
+
+    Inductor's decompositions apply and kernels become ``triton_kernel_wrapper_functional`` nodes, which
+    Inductor sees through. Returns the nodes of the results.
+    """
+    values = [a.meta["val"] for a in args]
+    fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))  # type: ignore[attr-defined]
+    with fake_mode:
+        traced = make_fx(
+            dispatch_functionalize(fn),
+            decomposition_table=select_decomp_table(),
+            tracing_mode="symbolic",
+            _allow_non_fake_inputs=True,
+        )(*values)
+    traced.graph.eliminate_dead_code()
+    environment = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
+    origin = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")}
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            with graph.inserting_before(before):
+                copy = graph.node_copy(node, lambda n: environment[n])
+            copy.meta.update(origin)
+            environment[node] = copy
+        elif node.op not in ("placeholder", "output"):
+            raise AssertionError(f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments")
+    return [environment[n] for n in traced.graph.output_node().args[0]]
+
+
+def user_facing(error: Exception) -> Exception:
+    """The same typed error in a form that Dynamo hands to the user as it is.
+
+    Dynamo wraps a backend's exceptions in ``BackendCompilerFailed`` unless they are ``ShortenTraceback``.
+    """
+    kind = type(error)
+    both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    raised: Exception = both.__new__(both)
+    raised.args = error.args
+    raised.__dict__.update(error.__dict__, first_useful_frame=None, msg=str(error))
+    raised.__traceback__ = error.__traceback__
+    raised.__cause__ = error.__cause__
+    return raised
+
+
+def check_options_early(backend: object, check: Callable[..., object]) -> None:
+    """Call ``check(**kwargs)`` inside ``torch.compile(backend=...)`` itself, before any tracing.
+
+    ``torch.compile`` asks the wrapper around a custom backend for ``get_compiler_config`` when it has
+    one; torch's own wrapper for custom backends has none, so giving it one is the earliest point that
+    sees a backend's options. Other backends keep the default answer, None.
+    """
+
+    def get_compiler_config(wrapper: Any) -> None:
+        if wrapper.compiler_fn is backend:
+            check(**wrapper.kwargs)
+
+    wrapper = getattr(torch, "_TorchCompileWrapper", None)
+    if wrapper is not None:
+        wrapper.get_compiler_config = get_compiler_config

@@ -1,0 +1,119 @@
+"""Inductor's custom-partitioner hook: joint graph in, rewritten forward and backward out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+from . import compat
+from .analyze import MemoryModel, analyze
+from .capture import CapturedGraph, tensor
+from .config import CompileConfig
+from .devices import DeviceProfile, profile_for
+from .errors import VerificationError
+from .passes import Graphs, default_passes, run_pipeline
+from .planner import Selection, choose_codecs, make_plan, select
+from .simulate import Peaks, saved_storages, simulate, tensor_bytes
+from .types import Plan
+
+
+class CiuicPartitioner(CustomPartitionerFn):
+    """Capture, analyze, plan, report, rewrite, audit: one call is one compiled graph.
+
+    Args:
+        config: the user's options.
+        key: everything that determines the plan, as one string (``cache.graph_key``). Inductor hashes it
+            into its own cache keys, so no cached code of another configuration can be hit.
+        name: the graph's name in reports.
+        report: called with the plan before anything is compiled or executed.
+    """
+
+    def __init__(self, config: CompileConfig, key: str, name: str, report: Callable[[Plan], None]) -> None:
+        self._config = config
+        self._key = key
+        self._name = name
+        self._report = report
+        self.plan: Plan | None = None
+
+    def uuid(self) -> str:
+        return self._key
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        num_fwd_outputs: int = kwargs["num_fwd_outputs"]
+        stage: dict[str, Any] = {}
+
+        def choose(graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]) -> list[fx.Node]:
+            captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
+            model = analyze(captured, self._config)
+            selection = select(model)
+            pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
+            stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+            stage["model"], stage["selection"] = model, selection
+            return list(selection.saved)
+
+        forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
+        if not stage:  # nothing in this graph depends on the gradients, so nothing is saved for them
+            return forward, backward
+        graphs = Graphs(forward, backward, num_fwd_outputs)
+        self.plan = plan_and_rewrite(self._name, stage["model"], stage["selection"], stage["baseline"], graphs)
+        self._report(self.plan)
+        return graphs.forward, graphs.backward
+
+
+def plan_and_rewrite(
+    name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs
+) -> Plan:
+    """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
+
+    Raises:
+        InfeasibleBudgetError: no encoding brings the simulated peak under the budget.
+        VerificationError: the rewritten graphs save other bytes than the plan says.
+    """
+    device = _device(model)
+    # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
+    present = {n.name for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)}
+    selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
+
+    def evaluate(codecs: Mapping[str, str]) -> Peaks:
+        trial = _copy(graphs)
+        run_pipeline(trial, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+        return simulate(trial.forward.graph, trial.backward.graph, trial.num_fwd_outputs)
+
+    codecs = choose_codecs(model, selection, device, evaluate)
+    planned = evaluate(codecs.by_name)
+    notes = run_pipeline(graphs, default_passes(codecs.by_name))
+    audited = sum(
+        tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
+    )
+    plan = make_plan(name, model, selection, codecs, baseline, planned, device, notes)
+    if audited != plan.planned_saved_bytes:
+        raise VerificationError(
+            f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"
+        )
+    return plan
+
+
+def _stays(node: fx.Node, present: set[str]) -> bool:
+    return node.name in present or tensor(node) is None or node.op in ("placeholder", "get_attr")
+
+
+def _copy(graphs: Graphs) -> Graphs:
+    def copied(gm: fx.GraphModule) -> fx.GraphModule:
+        return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+    return Graphs(copied(graphs.forward), copied(graphs.backward), graphs.num_fwd_outputs)
+
+
+def _device(model: MemoryModel) -> DeviceProfile:
+    values = (tensor(n) for n in model.captured.savable)
+    devices = [v.device for v in values if v is not None]
+    accelerators = [d for d in devices if d.type != "cpu"]
+    return profile_for((accelerators or devices or [torch.device("cpu")])[0])

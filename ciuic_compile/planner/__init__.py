@@ -1,0 +1,232 @@
+"""Stage 4: decide for every storage whether to keep, rebuild or compress it, and how far.
+
+First the cut (which values live on at all, ``select.py``), then the codecs (``assign.py``) under the
+mode's byte target, the error cap and the budget on the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from torch import fx
+
+from .. import compat
+from ..analyze import MemoryModel
+from ..capture import tensor
+from ..codecs import get_codec
+from ..devices import DeviceProfile
+from ..errors import InfeasibleBudgetError
+from ..simulate import Peaks, tensor_bytes
+from ..types import Action, Decision, Plan
+from .assign import Option, assign
+from .error_model import BOUND_FACTOR, ErrorModel
+from .select import NoCut, select_saved
+
+_BUDGET_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which nodes live from forward to backward (parameters and inputs included), with notes."""
+
+    saved: tuple[fx.Node, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The chosen codec of each saved node (None: kept), and what the optimiser certified."""
+
+    chosen: Mapping[fx.Node, str | None]
+    options: Mapping[fx.Node, Option]
+    lower_bound: float
+    gap: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """Node name -> codec, compressed ones only."""
+        return {node.name: codec for node, codec in self.chosen.items() if codec}
+
+
+def select(model: MemoryModel) -> Selection:
+    """Choose the values that live on; torch's own choice where no better cut exists."""
+    captured = model.captured
+    baseline_bytes = sum(model.baseline.values())
+    try:
+        saved = select_saved(captured, model.classes, model.stored_bytes, model.config.lossy)
+    except NoCut:
+        return Selection(captured.baseline_saved, ("kept Inductor's own choice of saved tensors: no other cut exists",))
+    stored = sum(model.stored_bytes(n) for n in model.storages_of(saved))
+    if stored > min(baseline_bytes, sum(model.stored_bytes(n) for n in model.baseline)):
+        return Selection(captured.baseline_saved, ("kept Inductor's own choice of saved tensors: it is smaller",))
+    return Selection(tuple(saved))
+
+
+def choose_codecs(
+    model: MemoryModel, selection: Selection, device: DeviceProfile, evaluate: Callable[[Mapping[str, str]], Peaks]
+) -> Codecs:
+    """Codecs for the saved tensors: least error within the mode's ratio and the budget.
+
+    Args:
+        evaluate: simulated peaks when these nodes (by name) are stored with these codecs.
+
+    Raises:
+        InfeasibleBudgetError: not even the smallest encodings bring the peak under the budget.
+    """
+    config = model.config
+    baseline_bytes = sum(model.baseline.values())
+    sizes = model.storages_of(selection.saved)
+    target = int(baseline_bytes / config.ratio) if config.ratio else baseline_bytes
+    codecs = _solve(model, selection, device, target)
+    planned = sum(o.nbytes for o in codecs.options.values())
+    notes = list(codecs.notes)
+    if config.ratio and planned > target and baseline_bytes:
+        fixed = max((n for n in sizes if not codecs.chosen.get(n)), key=lambda n: sizes[n], default=None)
+        limit = "max_error" if config.max_error is not None else "what must stay exact"
+        where = f"; the largest is {fixed.name} ({sizes[fixed] / 2**20:.1f} MiB)" if fixed is not None else ""
+        notes.append(f"{config.mode} is out of reach: {baseline_bytes / planned:.2f}:1 is what {limit} leaves{where}")
+    if config.budget is not None:
+        codecs = _fit_budget(model, selection, device, codecs, evaluate, config.budget)
+    return Codecs(codecs.chosen, codecs.options, codecs.lower_bound, codecs.gap, tuple(notes))
+
+
+def _fit_budget(
+    model: MemoryModel,
+    selection: Selection,
+    device: DeviceProfile,
+    codecs: Codecs,
+    evaluate: Callable[[Mapping[str, str]], Peaks],
+    budget: int,
+) -> Codecs:
+    """Tighten the byte target until the simulated peak fits ``budget`` bytes."""
+    smallest = None
+    for _ in range(_BUDGET_ROUNDS):
+        peaks = evaluate(codecs.by_name)
+        smallest = min(peaks.peak, smallest or peaks.peak)
+        if peaks.peak <= budget:
+            return codecs
+        target = peaks.saved - (peaks.peak - budget)
+        tighter = _solve(model, selection, device, max(0, target))
+        if tighter.by_name == codecs.by_name:
+            break
+        codecs = tighter
+    least = evaluate(_solve(model, selection, device, 0).by_name)
+    if least.peak <= budget:
+        return _solve(model, selection, device, 0)
+    smallest = min(least.peak, smallest or least.peak)
+    raise InfeasibleBudgetError(
+        f"budget {budget / 2**20:.1f} MiB: the smallest planned peak found for this graph is {smallest / 2**20:.1f} MiB "
+        f"({least.saved / 2**20:.1f} MiB of it saved tensors); raise the budget to {smallest} bytes, "
+        "or make the batch smaller",
+        budget_bytes=budget,
+        smallest_bytes=smallest,
+    )
+
+
+def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
+    saved = list(model.storages_of(selection.saved))
+    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    options = [_options(model, node, coefficients.get(node, 0.0), device) for node in saved]
+    max_variance = model.config.max_error**2 if model.config.max_error is not None else None
+    if not model.config.lossy:
+        target = 0  # only lossless codecs are on offer: take every one of them
+    result = assign(options, target, max_variance)
+    picked = {n: group[i] for n, group, i in zip(saved, options, result.choice, strict=True)}
+    return Codecs({n: o.codec for n, o in picked.items()}, picked, result.lower_bound, result.gap)
+
+
+def _options(model: MemoryModel, node: fx.Node, coefficient: float, device: DeviceProfile) -> list[Option]:
+    value = tensor(node)
+    assert value is not None
+    numel, itemsize = compat.hint(value.numel()), value.dtype.itemsize
+    options = [Option(None, tensor_bytes(value), 0.0, 0.0)]
+    for codec in model.codecs(node):
+        moved = codec.kernel_bytes(numel, itemsize)
+        time_us = device.microseconds(int(moved.encode) + int(moved.decode))
+        options.append(
+            Option(codec.name, int(codec.encoded_bytes(numel, itemsize)), coefficient * codec.relative_mse, time_us)
+        )
+    return options
+
+
+def make_plan(
+    name: str,
+    model: MemoryModel,
+    selection: Selection,
+    codecs: Codecs,
+    baseline: Peaks,
+    planned: Peaks,
+    device: DeviceProfile,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Write the decisions down, one a storage that Inductor or this plan would save, in forward order."""
+    captured = model.captured
+    ours = model.storages_of(selection.saved)
+    nodes = sorted({*ours, *model.baseline}, key=captured.order.__getitem__)
+    mse = {n: _mse(c) for n, c in codecs.chosen.items()}
+    errors = ErrorModel(captured, model.classes, list(selection.saved)).gradient_errors(mse)
+    rebuilt_us = sum(device.microseconds(2 * size) for n, size in model.baseline.items() if n not in ours)
+    whole = sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
+    return Plan(
+        name=name,
+        mode=model.config.mode,
+        decisions=tuple(_decision(model, node, ours, codecs, device) for node in nodes),
+        baseline_saved_bytes=sum(model.baseline.values()),
+        planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
+        baseline_peak_bytes=baseline.peak,
+        planned_peak_bytes=planned.peak,
+        gradient_error=whole,
+        gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us,
+        gap=codecs.gap,
+        lower_bound=codecs.lower_bound,
+        budget_bytes=model.config.budget,
+        dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
+        device=device.name,
+        symbolic_saved_bytes=_symbolic_saved(model, codecs),
+        notes=(*selection.notes, *codecs.notes, *notes),
+        baseline_saved_count=len(model.baseline),
+    )
+
+
+def _decision(
+    model: MemoryModel, node: fx.Node, ours: Mapping[fx.Node, int], codecs: Codecs, device: DeviceProfile
+) -> Decision:
+    storage = model.storage(node)
+    before = model.baseline.get(node, 0)
+    if node not in ours:
+        return Decision(
+            storage, Action.RECOMPUTE, None, 0, before, 0.0, device.microseconds(2 * before),
+            "rebuilt in the backward by cheap operations",
+        )  # fmt: skip
+    option = codecs.options[node]
+    if option.codec is None:
+        reason = storage.kept_because or "compressing it was not needed for the target"
+        return Decision(storage, Action.KEEP, None, option.nbytes, before, 0.0, 0.0, reason)
+    reason = "packed to one bit each" if get_bits(option.codec) == 1 else "least error for the bytes it gives up"
+    return Decision(
+        storage, Action.COMPRESS, option.codec, option.nbytes, before, sqrt(option.variance), option.time_us, reason
+    )
+
+
+def get_bits(codec: str) -> int:
+    """Payload bits of a codec by name."""
+    return get_codec(codec).bits
+
+
+def _mse(codec: str | None) -> float:
+    return get_codec(codec).relative_mse if codec else 0.0
+
+
+def _symbolic_saved(model: MemoryModel, codecs: Codecs) -> str:
+    total = compat.to_sympy(0)
+    for node, codec in codecs.chosen.items():
+        value = tensor(node)
+        assert value is not None
+        numel = compat.to_sympy(value.numel())
+        size = value.dtype.itemsize
+        total += get_codec(codec).encoded_bytes(numel, size) if codec else numel * size
+    return str(total)

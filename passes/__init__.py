@@ -1,0 +1,34 @@
+"""Graph to graph, nothing else: one pass a file, in the order of :func:`default_passes`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
+from .insert_codecs import InsertCodecs
+from .lower_codecs import LowerCodecs
+from .place_decodes import PlaceDecodes
+from .place_encodes import PlaceEncodes
+
+__all__ = [
+    "Graphs",
+    "InsertCodecs",
+    "LowerCodecs",
+    "Pass",
+    "PassResult",
+    "PlaceDecodes",
+    "PlaceEncodes",
+    "default_passes",
+    "run_pipeline",
+    "verify",
+]
+
+
+def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
+    """The pipeline for a plan that stores each named saved tensor with the given codec."""
+    return (
+        InsertCodecs(codecs),  # first: the others only move and expand what it inserts
+        PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
+        PlaceDecodes(),
+        LowerCodecs(),  # last: needs the final readers to choose between kernel and fused aten
+    )

@@ -1,0 +1,120 @@
+"""What a pass is, and the pipeline that runs them in order and verifies after each one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import fx
+
+from ciuic_compile.errors import CiuicError, PassError, VerificationError
+
+log = logging.getLogger("ciuic_compile.passes")
+
+
+@dataclass
+class Graphs:
+    """The forward and backward graphs that the passes rewrite in place.
+
+    Attributes:
+        num_fwd_outputs: outputs of the forward that the user gets; the rest is saved for the backward.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    num_fwd_outputs: int
+
+    def forward_outputs(self) -> list[object]:
+        """Everything the forward returns: user outputs, then saved tensors, then saved symbols."""
+        (values,) = self.forward.graph.output_node().args
+        assert isinstance(values, (tuple, list))
+        return list(values)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Whether the graphs changed, and sentences for the report where the pass declined something."""
+
+    changed: bool
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """Graphs in, graphs out; options are the pass's own fields, never global configuration."""
+
+    def run(self, graphs: Graphs) -> PassResult:
+        """Rewrite ``graphs`` in place."""
+
+
+Observer = Callable[[str, Graphs, PassResult, float], None]
+
+
+def run_pipeline(graphs: Graphs, passes: Sequence[Pass], observe: Observer | None = None) -> tuple[str, ...]:
+    """Run the passes in order; verify after each; return the notes they left.
+
+    Args:
+        observe: called after each pass with its name, the graphs, its result and its seconds.
+
+    Raises:
+        PassError: a pass raised or left invalid graphs; names it and the passes before it.
+    """
+    notes: list[str] = []
+    done: list[str] = []
+    untouched = graphs.forward_outputs()[: graphs.num_fwd_outputs]
+    for each in passes:
+        name = type(each).__name__
+        start = time.perf_counter()
+        try:
+            result = each.run(graphs)
+            verify(graphs)
+            if graphs.forward_outputs()[: graphs.num_fwd_outputs] != untouched:
+                raise VerificationError("it changed what the forward returns to the user")
+        except CiuicError as error:
+            raise PassError(f"pass {name} (after {', '.join(done) or 'nothing'}): {error}") from error
+        except Exception as error:
+            raise PassError(
+                f"pass {name} (after {', '.join(done) or 'nothing'}) failed: {type(error).__name__}: {error}"
+            ) from error
+        seconds = time.perf_counter() - start
+        log.debug("%s: %s in %.3f s", name, "changed" if result.changed else "unchanged", seconds)
+        if observe:
+            observe(name, graphs, result, seconds)
+        done.append(name)
+        notes.extend(result.notes)
+    graphs.forward.recompile()
+    graphs.backward.recompile()
+    return tuple(notes)
+
+
+def verify(graphs: Graphs) -> None:
+    """Check what AOTAutograd relies on: valid graphs, and saved values that match positionally.
+
+    The backward's placeholders are symbols, saved tensors, tangents; the forward's saved outputs are
+    tensors, then symbols. Raises :class:`VerificationError`.
+    """
+    graphs.forward.graph.lint()
+    graphs.backward.graph.lint()
+    saved = [n for n in graphs.forward_outputs()[graphs.num_fwd_outputs :] if isinstance(n, fx.Node)]
+    sent = [n.name for n in saved if isinstance(n.meta.get("val"), torch.Tensor)]
+    received = [n.name for n in graphs.backward.graph.find_nodes(op="placeholder")]
+    got = [name for name in received if name in set(sent)]
+    if got != sent:
+        missing = sorted(set(sent) - set(got))
+        raise VerificationError(f"saved tensors and backward inputs differ in order or names: {missing or sent}")
+    for name, node in zip(sent, (n for n in saved if n.name in set(sent)), strict=True):
+        placeholder = next(n for n in graphs.backward.graph.find_nodes(op="placeholder") if n.name == name)
+        here, there = node.meta["val"], placeholder.meta["val"]
+        if here.dtype != there.dtype or tuple(map(str, here.shape)) != tuple(map(str, there.shape)):
+            raise VerificationError(f"{name} leaves the forward as {here.dtype} but enters the backward as {there.dtype}")
+
+
+def last_use(node: fx.Node) -> fx.Node:
+    """The latest node, in graph order, that reads ``node`` (the output node excepted), or itself."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    users = [u for u in node.users if u.op != "output"]
+    return max(users, key=order.__getitem__, default=node)

@@ -1,0 +1,93 @@
+"""Replace saved tensors by their encoded form: encode in the forward, decode in the backward."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from ciuic_compile import compat
+from ciuic_compile.codecs import get_codec
+
+from . import markers
+from ._infra import Graphs, PassResult
+
+
+@dataclass(frozen=True)
+class InsertCodecs:
+    """Insert marker calls for every saved tensor that the plan compresses.
+
+    The encoded tensors take the saved tensor's place, in position, among the forward's outputs and
+    the backward's inputs (AOTAutograd matches them by position).
+
+    Attributes:
+        codecs: saved node's name -> codec name.
+    """
+
+    codecs: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, graphs: Graphs) -> PassResult:
+        outputs = graphs.forward_outputs()
+        placeholders = {n.name: n for n in graphs.backward.graph.find_nodes(op="placeholder")}
+        new_outputs: list[object] = outputs[: graphs.num_fwd_outputs]
+        changed = False
+        for node in outputs[graphs.num_fwd_outputs :]:
+            codec = self.codecs.get(node.name) if isinstance(node, fx.Node) else None
+            if codec is None or not isinstance(node, fx.Node):
+                new_outputs.append(node)
+                continue
+            parts = _encode(graphs.forward.graph, node, codec)
+            _decode(graphs.backward.graph, placeholders[node.name], parts, codec)
+            new_outputs.extend(parts)
+            changed = True
+        if changed:
+            output = graphs.forward.graph.output_node()
+            output.args = (tuple(new_outputs),)
+            compat.renumber_saved_descs(output, graphs.num_fwd_outputs)
+        return PassResult(changed)
+
+
+def _encode(graph: fx.Graph, node: fx.Node, codec: str) -> list[fx.Node]:
+    value: torch.Tensor = node.meta["val"]
+    with value.fake_mode:  # type: ignore[attr-defined]
+        permuted = value.permute(markers.storage_order(value))
+        encoded = get_codec(codec).encode(permuted, impl="reference")
+    origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten")}
+    with graph.inserting_after(node):
+        call = graph.call_function(markers.encode, (node, codec), name=f"{node.name}_encode")
+        call.meta = {**origin, "val": encoded}
+    parts = []
+    last = call
+    for index, part in enumerate(encoded):
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.getitem, (call, index), name=f"{node.name}_{_PARTS[index]}")
+        last.meta = {**origin, "val": part}
+        parts.append(last)
+    return parts
+
+
+def _decode(graph: fx.Graph, placeholder: fx.Node, parts: list[fx.Node], codec: str) -> None:
+    value: torch.Tensor = placeholder.meta["val"]
+    received = []
+    for part in parts:
+        with graph.inserting_before(placeholder):
+            new = graph.placeholder(part.name)
+        assert new.name == part.name, f"{part.name} is taken in the backward graph"
+        new.meta = dict(part.meta)
+        received.append(new)
+    order = markers.storage_order(value)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        shape = [compat.size_node(graph, value.size(d)) for d in order]
+        call = graph.call_function(markers.decode, (received, codec, shape, order, value.dtype))
+    call.meta = {k: v for k, v in placeholder.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    call.meta["val"] = value
+    call.meta["autograd_backward"] = True
+    placeholder.replace_all_uses_with(call)
+    graph.erase_node(placeholder)
+
+
+_PARTS = ("payload", "scale", "offset")
