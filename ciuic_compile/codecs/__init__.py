@@ -6,10 +6,10 @@ their error bounds: docs/numerics-codecs.md.
 
 from __future__ import annotations
 
-from ciuic_compile.codecs.bitmask import Bitmask as Bitmask
 from ciuic_compile.codecs.base import Codec as Codec
 from ciuic_compile.codecs.base import Impl as Impl
 from ciuic_compile.codecs.base import KernelBytes as KernelBytes
+from ciuic_compile.codecs.bitmask import Bitmask as Bitmask
 from ciuic_compile.codecs.int4_group import Int4Group as Int4Group
 from ciuic_compile.codecs.int8_group import Int8Group as Int8Group
 from ciuic_compile.errors import OptionError, nearest

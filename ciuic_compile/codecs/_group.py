@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from typing_extensions import Self
 
 from ciuic_compile.codecs import _gaussian
 from ciuic_compile.codecs._quantize import Levels
@@ -29,7 +28,9 @@ class Backend(Protocol):
     def encode(self, flat: Tensor, codec: IntGroupCodec) -> Encoded:
         """Encode a flat tensor."""
 
-    def decode(self, encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
+    def decode(
+        self, encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec
+    ) -> Tensor:
         """Decode into a flat contiguous tensor of ``numel`` elements."""
 
 
@@ -56,7 +57,7 @@ class IntGroupCodec(Codec):
         return f"{self.family}_group{self.group_size}" + ("" if self.symmetric else "_affine")
 
     @classmethod
-    def from_name(cls, name: str) -> Self | None:
+    def from_name(cls, name: str) -> IntGroupCodec | None:
         """The codec of this family called ``name``, or None when it is not one of this family's names."""
         match = re.fullmatch(rf"{cls.family}_group([1-9]\d*)(_affine)?", name)
         if match is None or int(match[1]) not in GROUP_SIZES:

@@ -107,7 +107,9 @@ def quantize(
     return tuple(codes), signed, None if offset is None else offset.to(torch.bfloat16)
 
 
-def dequantize(code: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    code: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, dtype: torch.dtype
+) -> Tensor:
     """Values of int32 ``code`` in ``dtype``; bfloat16 ``scale`` and ``offset`` broadcast against it."""
     signed = scale.to(torch.float32)
     step = signed.abs()

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Triton pieces shared by the integer codecs: the arithmetic of ``_quantize.py``, and the launch seam.
 
 Importing this needs triton. The results equal the reference bit for bit; where the compiler could
@@ -26,7 +27,7 @@ BY_HAND: tl.constexpr = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
-def widen(x):  # type: ignore[no-untyped-def]
+def widen(x):
     """Exact conversion to float32."""
     if BY_HAND and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -35,7 +36,7 @@ def widen(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def narrow(x, dtype: tl.constexpr):
     """Convert float32 to ``dtype``, to nearest, ties to even."""
     if BY_HAND and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -46,8 +47,8 @@ def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_groups(ptr, offsets, numel, full):  # type: ignore[no-untyped-def]
-    """Load float32 values at ``offsets``, zeros from ``numel`` on; no masks (which scalarise) when ``full``."""
+def load_groups(ptr, offsets, numel, full):
+    """Load float32 values, zeros from ``numel`` on; ``full`` means no masks, which prevent wide loads."""
     if full:
         x = tl.load(ptr + offsets)
     else:
@@ -56,7 +57,7 @@ def load_groups(ptr, offsets, numel, full):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_groups(ptr, offsets, value, numel, full):  # type: ignore[no-untyped-def]
+def store_groups(ptr, offsets, value, numel, full):
     """Store ``value`` at those ``offsets`` that are below ``numel``; no masks when ``full``."""
     value = narrow(value, ptr.dtype.element_ty)
     if full:
@@ -66,25 +67,25 @@ def store_groups(ptr, offsets, value, numel, full):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def amax_bits(x):  # type: ignore[no-untyped-def]
+def amax_bits(x):
     """Row maxima of |x| as int32 bits, which order like the values, Inf above all and NaN above Inf."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
-def finite_or(x, other):  # type: ignore[no-untyped-def]
+def finite_or(x, other):
     """``x`` with every NaN and Inf replaced by ``other``."""
     return tl.where(tl.abs(x) < float("inf"), x, other)
 
 
 @triton.jit
-def round_up_bf16(x):  # type: ignore[no-untyped-def]
+def round_up_bf16(x):
     """See _quantize.round_up_bf16."""
     return ((x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def round_down_bf16(x):  # type: ignore[no-untyped-def]
+def round_down_bf16(x):
     """See _quantize.round_down_bf16."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     rounded = tl.where(bits < 0, bits + 0xFFFF, bits) & -0x10000
@@ -92,14 +93,14 @@ def round_down_bf16(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def symmetric_scale(amax, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+def symmetric_scale(amax, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):
     """Scale from the largest finite magnitude of each group."""
     raw = tl.where(special, amax * (1.0 / SPECIAL_TOP), amax * (1.0 / TOP))
     return round_up_bf16(tl.maximum(raw, SCALE_FLOOR))
 
 
 @triton.jit
-def affine_scale(smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):  # type: ignore[no-untyped-def]
+def affine_scale(smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):
     """Scale and offset from the finite extremes of each group."""
     offset = round_down_bf16(smallest)
     half = 0.5 * largest - 0.5 * offset
@@ -108,13 +109,13 @@ def affine_scale(smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.
 
 
 @triton.jit
-def round_code(v, top, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_code(v, top, BIAS: tl.constexpr):
     """int32 whose low bits are round(min(v, top)) + BIAS in two's complement, for |v| <= 127."""
     return (tl.minimum(v, top[:, None]) + (ROUNDER + BIAS)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def special_code(x, code, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):  # type: ignore[no-untyped-def]
+def special_code(x, code, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):
     """Put the reserved codes where ``x`` is NaN or Inf."""
     code = tl.where(x == float("inf"), POS, code)
     code = tl.where(x == float("-inf"), NEG, code)
@@ -122,7 +123,7 @@ def special_code(x, code, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexp
 
 
 @triton.jit
-def special_value(v, code, special, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):  # type: ignore[no-untyped-def]
+def special_value(v, code, special, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):
     """Put NaN and Inf where a group that has some holds their codes."""
     v = tl.where(special[:, None] & (code == POS), float("inf"), v)
     v = tl.where(special[:, None] & (code == NEG), float("-inf"), v)
@@ -130,14 +131,14 @@ def special_value(v, code, special, NAN: tl.constexpr, POS: tl.constexpr, NEG: t
 
 
 @triton.jit
-def symmetric_value(code, scale, LIMIT: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def symmetric_value(code, scale, LIMIT: tl.constexpr, BIAS: tl.constexpr):
     """Clamped values of symmetric codes."""
     v = (code - BIAS).to(tl.float32) * tl.abs(scale)[:, None]
     return tl.minimum(tl.maximum(v, -LIMIT), LIMIT)
 
 
 @triton.jit
-def affine_value(code, scale, offset, LIMIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def affine_value(code, scale, offset, LIMIT: tl.constexpr):
     """Clamped values of affine codes, by way of halves so that nothing overflows on the way."""
     half = code.to(tl.float32) * (tl.abs(scale) * 0.5)[:, None] + (offset * 0.5)[:, None]
     return tl.minimum(tl.maximum(half, -0.5 * LIMIT), 0.5 * LIMIT) * 2.0

@@ -118,7 +118,8 @@ def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "kern
 
         if not INTERPRETED:
             raise OptionError(
-                f"impl='kernel' needs a CUDA tensor (got {device}) or TRITON_INTERPRET=1; use impl='reference'"
+                f"impl='kernel' needs a CUDA tensor (this one is on {device}) or TRITON_INTERPRET=1; "
+                "use impl='reference'"
             )
     return "kernel"
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """INT4 groups in Triton: each program reads a tile of groups once and writes it once.
 
 The two halves of a group share bytes, so a program loads them as two tiles and never shuffles elements.
@@ -31,7 +32,7 @@ from ciuic_compile.codecs.base import Encoded
 
 
 @triton.jit
-def encode_symmetric_kernel(  # type: ignore[no-untyped-def]
+def encode_symmetric_kernel(
     x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Quantize BLOCK groups of G floats: packed payload and bfloat16 scales."""
@@ -64,7 +65,7 @@ def encode_symmetric_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def encode_affine_kernel(  # type: ignore[no-untyped-def]
+def encode_affine_kernel(
     x_ptr, payload_ptr, scale_ptr, offset_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Quantize BLOCK groups of G floats: packed payload, bfloat16 scales and offsets."""
@@ -110,7 +111,7 @@ def encode_affine_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_symmetric_kernel(  # type: ignore[no-untyped-def]
+def decode_symmetric_kernel(
     payload_ptr, scale_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
 ):
     """Dequantize BLOCK groups of G symmetric codes into ``out_ptr``'s type."""
@@ -136,8 +137,16 @@ def decode_symmetric_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decode_affine_kernel(  # type: ignore[no-untyped-def]
-    payload_ptr, scale_ptr, offset_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
+def decode_affine_kernel(
+    payload_ptr,
+    scale_ptr,
+    offset_ptr,
+    out_ptr,
+    numel,
+    groups,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """Dequantize BLOCK groups of G affine codes into ``out_ptr``'s type."""
     H: tl.constexpr = G // 2
@@ -167,20 +176,20 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
     numel, size = flat.shape[0], codec.group_size
     groups = group_count(numel, size)
     payload = torch.empty((groups, size // 2), dtype=torch.uint8, device=flat.device)
-    qparams = [
-        torch.empty((groups,), dtype=torch.bfloat16, device=flat.device) for _ in range(1 if codec.symmetric else 2)
-    ]
-    block = core.block_groups(flat.dtype, size)
+    scale = torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
+    encoded: Encoded = (payload, scale) if codec.symmetric else (payload, scale, torch.empty_like(scale))
     kernel = encode_symmetric_kernel if codec.symmetric else encode_affine_kernel
-    core.launch(kernel, group_count(groups, block), flat, payload, *qparams, numel, groups, G=size, BLOCK=block)
-    return (payload, *qparams)
+    block = core.block_groups(flat.dtype, size)
+    core.launch(kernel, group_count(groups, block), flat, *encoded, numel, groups, G=size, BLOCK=block)
+    return encoded
 
 
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
-    groups, block = encoded[0].shape[0], core.block_groups(dtype, codec.group_size)
+    groups, size = encoded[0].shape[0], codec.group_size
     kernel = decode_symmetric_kernel if codec.symmetric else decode_affine_kernel
-    programs, limit = group_count(groups, block), torch.finfo(dtype).max
-    core.launch(kernel, programs, *encoded, out, numel, groups, G=codec.group_size, BLOCK=block, LIMIT=limit)
+    block, limit = core.block_groups(dtype, size), torch.finfo(dtype).max
+    programs = group_count(groups, block)
+    core.launch(kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """INT8 groups in Triton: each program reads a tile of groups once and writes it once."""
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ciuic_compile.codecs.base import Encoded
 
 
 @triton.jit
-def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr):
     """Quantize BLOCK groups of G floats: int8 payload and bfloat16 scales."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first + tl.arange(0, BLOCK)
@@ -49,7 +50,7 @@ def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr,
 
 
 @triton.jit
-def decode_kernel(  # type: ignore[no-untyped-def]
+def decode_kernel(
     payload_ptr, scale_ptr, out_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr
 ):
     """Dequantize BLOCK groups of G int8 codes into ``out_ptr``'s type."""
@@ -82,11 +83,9 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
 
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
-    payload, scale = encoded
-    out = torch.empty((numel,), dtype=dtype, device=payload.device)
-    groups, block = payload.shape[0], core.block_groups(dtype, codec.group_size)
-    programs, limit = group_count(groups, block), torch.finfo(dtype).max
-    core.launch(
-        decode_kernel, programs, payload, scale, out, numel, groups, G=codec.group_size, BLOCK=block, LIMIT=limit
-    )
+    out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
+    groups, size = encoded[0].shape[0], codec.group_size
+    block, limit = core.block_groups(dtype, size), torch.finfo(dtype).max
+    programs = group_count(groups, block)
+    core.launch(decode_kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out
