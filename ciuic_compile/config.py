@@ -57,7 +57,7 @@ class CompileConfig:
         report: ``"short"``, ``"full"``, ``"off"``, or an absolute path ending .json, .html or .txt.
         allow: patterns; when not empty only what one of them matches may be compressed.
         deny: patterns; what one of them matches is never compressed.
-        min_bytes: storages smaller than this many bytes are never touched.
+        min_bytes: storages smaller than this many bytes are never compressed.
         group_size: elements that share one scale in the group codecs.
         inductor_mode: the Inductor mode in force, ``"default"`` when none was given.
         inductor_explicit: Inductor options the user wrote, by their full names.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,18 @@ def test_process_wide_default() -> None:
         assert set_default_config(config) == config
     finally:
         assert set_default_config() == CompileConfig()
+
+
+def test_the_docs_name_every_option_and_their_examples_are_valid() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "options.md").read_text("utf-8")
+    examples = re.findall(r"options=(\{[^}]*\})", text)
+    assert len(examples) > 10
+    for example in examples:
+        parse_options(ast.literal_eval(example))
+    for name in OPTION_NAMES:
+        assert f"`{name}`" in text
+        assert any(f'"{name}"' in example for example in examples), name
+    assert refused({"mode": "losless"}) in text
 
 
 def test_base_inductor_mode_can_be_replaced() -> None:

@@ -62,7 +62,7 @@ def percent(fraction: float) -> str:
     """A fraction as a percentage with two significant digits: ``1.3%``."""
     if not math.isfinite(fraction):
         return "unknown"
-    return f"{fraction * 100:.2g}%" if abs(fraction) < 1 else f"{fraction * 100:.4g}%"
+    return f"{fraction * 100:.0f}%" if 1 <= abs(fraction) < 100 else f"{fraction * 100:.2g}%"
 
 
 def factor(before: int, after: int) -> str:
@@ -87,6 +87,14 @@ def codec_bits(label: str) -> int:
     """Payload bits in a label, for sorting; 0 where it names none."""
     match = re.search(r"\d+", label)
     return int(match[0]) if match and len(match[0]) < 6 else 0
+
+
+def op_label(op: str) -> str:
+    """``aten.mm.default`` -> ``aten.mm``, ``<built-in function getitem>`` -> ``getitem``."""
+    name = ascii_line(op)
+    if name.startswith("<built-in function ") and name.endswith(">"):
+        name = name[len("<built-in function ") : -1]
+    return name.removesuffix(".default")
 
 
 def star(path: str) -> str:

@@ -12,6 +12,7 @@ from ciuic_compile.report._format import (
     crop_left,
     duration,
     factor,
+    op_label,
     percent,
     short_file,
     size,
@@ -28,8 +29,9 @@ from ciuic_compile.types import Plan
 
 MAX_LINES: Final = 25
 MAX_WIDTH: Final = 120
-MIN_WIDTH: Final = 60
-_WIDE: Final = 100  # columns from which ops and the user's code are shown too
+MIN_WIDTH: Final = 80
+_FULL_WIDTH: Final = 240  # the full form goes to files and scrolling terminals
+_WIDE: Final = 110  # columns from which ops and the user's code are shown too
 _MAX_CODECS: Final = 3
 _MAX_CHANGED: Final = 6
 _MAX_KEPT: Final = 3
@@ -45,10 +47,10 @@ def render_text(plan: Plan, detail: Literal["short", "full"] = "short", width: i
     Args:
         plan: what to show; nothing in it has been run, and the words say so.
         detail: ``"short"``: at most 25 lines; ``"full"``: every group, note and storage.
-        width: columns. The short form uses at most 120 of them, both at least 60.
+        width: columns: the short form keeps within 80 to 120 of them, the full one takes 240 or more.
     """
     full = detail == "full"
-    width = max(width, MIN_WIDTH) if full else min(max(width, MIN_WIDTH), MAX_WIDTH)
+    width = max(width, _FULL_WIDTH) if full else min(max(width, MIN_WIDTH), MAX_WIDTH)
     summary = summarize(plan)
     head = [*_head(plan, full), *_actions(summary, full)]
     kept = _kept(summary, plan, width, None if full else _MAX_KEPT)
@@ -82,7 +84,7 @@ def _head(plan: Plan, full: bool) -> list[str]:
     errors = (percent(plan.gradient_error), percent(plan.gradient_error_bound))
     cost = f"  cost   planned {duration(plan.time_us)} a step; gradient error {errors[0]}"
     cost += f", any one parameter <= {errors[1]}"
-    cost += f"; plan within {percent(plan.gap)} of the best" if plan.gap > 0 else ""
+    cost += f"; plan within {percent(plan.gap)} of the best" if plan.gap >= 1e-4 else ""
     lines = [
         f"ciuic plan: {title}",
         "  planned = estimated before the first run; parameters and inputs not counted",
@@ -112,7 +114,8 @@ def _actions(summary: Summary, full: bool) -> list[str]:
 
 
 def _changed(summary: Summary, width: int, limit: int | None) -> list[str]:
-    groups = summary.changed
+    floor = 0 if limit is None else sum(row.nbytes for row in summary.rows) // 100
+    groups = [g for g in summary.changed if g.nbytes >= floor]
     if not groups or (limit is not None and limit < 1):
         return []
     shown = groups if limit is None else groups[:limit]
@@ -130,12 +133,12 @@ def _kept(summary: Summary, plan: Plan, width: int, limit: int | None) -> list[s
     if not groups:
         return []
     shown = groups[:limit]
-    cells: list[Cells] = []
-    for g in shown:
-        place, where = _place(g, width)
-        reason = ascii_line(g.reason) if limit is None else crop(ascii_line(g.reason), width // 2)
-        cells.append((size(g.saved_bytes), _times(g), place, reason, where))
-    return [_heading("largest not compressed", shown, groups), *_table(cells, "rrlll", width)]
+    cells: list[Cells] = [(size(g.saved_bytes), _times(g), *_place(g, width)) for g in shown]
+    if width < _WIDE:  # the reason needs the room
+        cells = [(*row[:3], "") for row in cells]
+    room = width - 8 - sum(max(len(row[i]) + 2 for row in cells) for i in range(4))
+    rows = [(*row[:3], crop(ascii_line(g.reason), room), row[3]) for row, g in zip(cells, shown, strict=True)]
+    return [_heading("largest not compressed", shown, groups), *_table(rows, "rrlll", width)]
 
 
 def _notes(plan: Plan, width: int, limit: int | None) -> list[str]:
@@ -170,7 +173,7 @@ def _storages(plan: Plan, width: int) -> list[str]:
         ))  # fmt: skip
     return [
         f"all {len(plan.decisions)} storages, in forward order",
-        *_table(cells, "llrrrrlllll", max(width, 240)),
+        *_table(cells, "llrrrrlllll", width),
     ]
 
 
@@ -186,12 +189,12 @@ def _times(group: Group) -> str:
 def _place(group: Group, width: int) -> Cells:
     """Module path with op, and file:line, cut to what a row of ``width`` columns has room for."""
     narrow = width < _WIDE
-    op = "" if narrow and group.module else ascii_line(group.op).removesuffix(".default")
+    op = "" if narrow and group.module else op_label(group.op)
     module = ascii_line(group.module)
     named = f"{module} ({op})" if module and op else module or op or "?"
     room = width - 48
     where = ascii_line(group.where)
-    where_room = room // 2 if narrow else room * 2 // 5
+    where_room = room // 2 if narrow else room // 3
     if len(where) > where_room:
         where = where.rsplit("/", 1)[-1]
     return crop_left(named, room // 2), crop_left(where, where_room)

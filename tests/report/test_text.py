@@ -17,6 +17,7 @@ from ciuic_compile.report._format import (
     crop_left,
     duration,
     factor,
+    op_label,
     percent,
     short_file,
     size,
@@ -136,7 +137,7 @@ def test_many_codecs_are_summed(plan: Plan) -> None:
 @given(data=st.data(), width=st.integers(-5, 500))
 def test_every_plan_fits(plans: st.SearchStrategy[Plan], data: st.DataObject, width: int) -> None:
     plan = data.draw(plans)
-    fits(render_text(plan, width=width), columns=min(max(width, 60), 120))
+    fits(render_text(plan, width=width), columns=min(max(width, 80), 120))
     assert render_text(plan) == render_text(plan)
     assert render_text(plan, "full", width).isascii()
 
@@ -174,4 +175,9 @@ def test_small_formats() -> None:
     assert star("L['self'].h[11].x") == "L['self'].h[*].x"
     labels = ["int8_group64", "int4_group64_affine", "fp8_e5m2", None, "bitpack"]
     assert [codec_label(c) for c in labels] == ["INT8", "INT4", "FP8", "CODEC?", "BITPACK"]
+    assert [op_label(o) for o in ("aten.mm.default", "<built-in function getitem>", "")] == [
+        "aten.mm",
+        "getitem",
+        "",
+    ]
     assert short_file("/venv/lib/python3.11/site-packages/timm/vit.py") == "timm/vit.py"
