@@ -67,9 +67,12 @@ def store_groups(ptr, offsets, value, numel, full):
 
 
 @triton.jit
-def amax_bits(x):
-    """Row maxima of |x| as int32 bits, which order like the values, Inf above all and NaN above Inf."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+def has_special(x):
+    """Whether each row of ``x`` holds a NaN or an Inf: only those times zero are not zero.
+
+    Multiplications are where a quantizer has time to spare; comparisons run at half their rate.
+    """
+    return tl.sum(x * 0.0, 1) != 0.0
 
 
 @triton.jit
@@ -144,16 +147,18 @@ def affine_value(code, scale, offset, LIMIT: tl.constexpr):
     return tl.minimum(tl.maximum(half, -0.5 * LIMIT), 0.5 * LIMIT) * 2.0
 
 
-INTERPRETED: bool = isinstance(amax_bits, InterpretedFunction)
+INTERPRETED: bool = isinstance(has_special, InterpretedFunction)
 """True when triton was imported with TRITON_INTERPRET=1: kernels then run on CPU tensors."""
 
-TILE_BYTES = 8192
-"""Bytes of the original tensor that one program handles: 64 a thread, as 16-byte accesses."""
+ENCODE_TILE = 8192
+DECODE_TILE = 4096
+"""Bytes of the original tensor that one program handles, as 16-byte accesses; docs/numerics-codecs.md has
+the measurement behind both. Nothing is autotuned."""
 
 
-def block_groups(dtype: torch.dtype, group_size: int) -> int:
-    """Groups a program handles, a power of two; the plan's choice of configuration (nothing is autotuned)."""
-    return max(1, TILE_BYTES // (dtype.itemsize * group_size))
+def block_groups(tile: int, dtype: torch.dtype, group_size: int) -> int:
+    """Groups of ``dtype`` elements that fill ``tile`` bytes; a power of two."""
+    return max(1, tile // (dtype.itemsize * group_size))
 
 
 def launch(kernel: Any, programs: int | torch.SymInt, *args: Any, **constexprs: Any) -> None:

@@ -22,6 +22,8 @@ Encoded: TypeAlias = tuple[Tensor, ...]
 # An int, a SymInt or a sympy.Expr; sympy has no types, so checkers see Any.
 Size: TypeAlias = Any
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that codecs take; everything else is refused with OptionError."""
 
@@ -108,10 +110,9 @@ def resolve_impl(impl: Impl, device: torch.device) -> Literal["reference", "kern
         return impl
     if impl not in ("auto", "kernel"):
         raise OptionError(f"impl={impl!r} is none of 'auto', 'reference', 'kernel'")
-    available = importlib.util.find_spec("triton") is not None
     if impl == "auto":
-        return "kernel" if device.type == "cuda" and available else "reference"
-    if not available:
+        return "kernel" if device.type == "cuda" and TRITON_INSTALLED else "reference"
+    if not TRITON_INSTALLED:
         raise OptionError("impl='kernel' needs triton, which is not installed; use impl='reference'")
     if device.type != "cuda":
         from ciuic_compile.codecs._triton import INTERPRETED

@@ -80,7 +80,9 @@ class Poisoned:
         numel = 1
         for n in size:
             numel *= n
-        buffer = self.real((numel * dtype.itemsize + CANARY,), dtype=torch.uint8, device=device).fill_(self.byte)
+        buffer = self.real((numel * dtype.itemsize + CANARY,), dtype=torch.uint8, device=device).fill_(
+            self.byte
+        )
         self.buffers.append((buffer, numel * dtype.itemsize))
         return buffer[:-CANARY].view(dtype).view(size)
 

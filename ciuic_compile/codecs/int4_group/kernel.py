@@ -16,8 +16,8 @@ from ciuic_compile.codecs._group import IntGroupCodec, group_count
 from ciuic_compile.codecs._triton import (
     affine_scale,
     affine_value,
-    amax_bits,
     finite_or,
+    has_special,
     load_groups,
     narrow,
     round_code,
@@ -43,15 +43,15 @@ def encode_symmetric_kernel(
     full = (first + BLOCK) * G <= numel
     x0 = load_groups(x_ptr, row[:, None] * G + column, numel, full)
     x1 = load_groups(x_ptr, row[:, None] * G + (H + column), numel, full)
-    bits = tl.maximum(amax_bits(x0), amax_bits(x1))
-    special = bits >= 0x7F800000
+    special = has_special(x0 * 0.0 + x1)
+    amax = tl.max(tl.maximum(tl.abs(x0), tl.abs(x1)), 1)
     any_special = tl.max(special.to(tl.int32), 0) > 0
     f0, f1 = x0, x1
     if any_special:
         f0 = finite_or(x0, 0.0)
         f1 = finite_or(x1, 0.0)
-        bits = tl.maximum(amax_bits(f0), amax_bits(f1))
-    scale = symmetric_scale(bits.to(tl.float32, bitcast=True), special, 7, 6)
+        amax = tl.max(tl.maximum(tl.abs(f0), tl.abs(f1)), 1)
+    scale = symmetric_scale(amax, special, 7, 6)
     inverse = tl.math.div_rn(1.0, scale)[:, None]
     top = tl.where(special, 6.0, 7.0)
     code0 = round_code(f0 * inverse, top, 8)
@@ -76,7 +76,7 @@ def encode_affine_kernel(
     full = (first + BLOCK) * G <= numel
     x0 = load_groups(x_ptr, row[:, None] * G + column, numel, full)
     x1 = load_groups(x_ptr, row[:, None] * G + (H + column), numel, full)
-    special = tl.maximum(amax_bits(x0), amax_bits(x1)) >= 0x7F800000
+    special = has_special(x0 * 0.0 + x1)
     any_special = tl.max(special.to(tl.int32), 0) > 0
     f0, f1 = x0, x1
     if any_special:
@@ -176,10 +176,13 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
     numel, size = flat.shape[0], codec.group_size
     groups = group_count(numel, size)
     payload = torch.empty((groups, size // 2), dtype=torch.uint8, device=flat.device)
-    scale = torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
-    encoded: Encoded = (payload, scale) if codec.symmetric else (payload, scale, torch.empty_like(scale))
+    qparams = tuple(
+        torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
+        for _ in ("scale", "offset")[: 1 if codec.symmetric else 2]
+    )
+    encoded = (payload, *qparams)
     kernel = encode_symmetric_kernel if codec.symmetric else encode_affine_kernel
-    block = core.block_groups(flat.dtype, size)
+    block = core.block_groups(core.ENCODE_TILE, flat.dtype, size)
     core.launch(kernel, group_count(groups, block), flat, *encoded, numel, groups, G=size, BLOCK=block)
     return encoded
 
@@ -189,7 +192,7 @@ def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, code
     out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
     groups, size = encoded[0].shape[0], codec.group_size
     kernel = decode_symmetric_kernel if codec.symmetric else decode_affine_kernel
-    block, limit = core.block_groups(dtype, size), torch.finfo(dtype).max
+    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), torch.finfo(dtype).max
     programs = group_count(groups, block)
     core.launch(kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out

@@ -11,8 +11,8 @@ from torch import Tensor
 from ciuic_compile.codecs import _triton as core
 from ciuic_compile.codecs._group import IntGroupCodec, group_count
 from ciuic_compile.codecs._triton import (
-    amax_bits,
     finite_or,
+    has_special,
     load_groups,
     narrow,
     round_code,
@@ -33,14 +33,14 @@ def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr,
     row = first + tl.arange(0, BLOCK)
     offsets = row[:, None] * G + tl.arange(0, G)[None, :]
     x = load_groups(x_ptr, offsets, numel, (first + BLOCK) * G <= numel)
-    bits = amax_bits(x)
-    special = bits >= 0x7F800000
+    special = has_special(x)
+    amax = tl.max(tl.abs(x), 1)
     any_special = tl.max(special.to(tl.int32), 0) > 0
     finite = x
     if any_special:
         finite = finite_or(x, 0.0)
-        bits = amax_bits(finite)
-    scale = symmetric_scale(bits.to(tl.float32, bitcast=True), special, 127, 126)
+        amax = tl.max(tl.abs(finite), 1)
+    scale = symmetric_scale(amax, special, 127, 126)
     top = tl.where(special, 126.0, 127.0)
     code = round_code(finite * tl.math.div_rn(1.0, scale)[:, None], top, 0)
     if any_special:
@@ -75,7 +75,7 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
     groups = group_count(numel, size)
     payload = torch.empty((groups, size), dtype=torch.int8, device=flat.device)
     scale = torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
-    block = core.block_groups(flat.dtype, size)
+    block = core.block_groups(core.ENCODE_TILE, flat.dtype, size)
     programs = group_count(groups, block)
     core.launch(encode_kernel, programs, flat, payload, scale, numel, groups, G=size, BLOCK=block)
     return payload, scale
@@ -85,7 +85,7 @@ def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, code
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
     groups, size = encoded[0].shape[0], codec.group_size
-    block, limit = core.block_groups(dtype, size), torch.finfo(dtype).max
+    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), torch.finfo(dtype).max
     programs = group_count(groups, block)
     core.launch(decode_kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out
