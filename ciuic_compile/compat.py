@@ -206,13 +206,11 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     return proxy.node  # type: ignore[no-any-return]
 
 
-def inline(
-    graph: fx.Graph, before: fx.Node, fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]
-) -> list[fx.Node]:
-    """Trace ``fn`` on the nodes' fake values and copy what it does into ``graph`` before a node.
+def trace(fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]) -> fx.Graph:
+    """Trace ``fn`` on the nodes' fake values.
 
-    Inductor's decompositions apply and kernels become ``triton_kernel_wrapper_functional`` nodes, which
-    Inductor sees through. Returns the nodes of the results.
+    Inductor's decompositions apply, and kernels become ``triton_kernel_wrapper_functional`` nodes, which
+    Inductor sees through.
     """
     values = [a.meta["val"] for a in args]
     fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))  # type: ignore[attr-defined]
@@ -224,9 +222,14 @@ def inline(
             _allow_non_fake_inputs=True,
         )(*values)
     traced.graph.eliminate_dead_code()
-    environment = dict(zip(traced.graph.find_nodes(op="placeholder"), args, strict=True))
+    return traced.graph
+
+
+def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx.Node]) -> list[fx.Node]:
+    """Copy a traced function's nodes into ``graph`` before a node; return the nodes of its results."""
+    environment = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     origin = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")}
-    for node in traced.graph.nodes:
+    for node in traced.nodes:
         if node.op == "call_function":
             with graph.inserting_before(before):
                 copy = graph.node_copy(node, lambda n: environment[n])
@@ -234,7 +237,7 @@ def inline(
             environment[node] = copy
         elif node.op not in ("placeholder", "output"):
             raise AssertionError(f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments")
-    return [environment[n] for n in traced.graph.output_node().args[0]]
+    return [environment[n] for n in traced.output_node().args[0]]
 
 
 def user_facing(error: Exception) -> Exception:

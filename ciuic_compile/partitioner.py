@@ -44,6 +44,10 @@ class CiuicPartitioner(CustomPartitionerFn):
     def uuid(self) -> str:
         return self._key
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Inductor pickles its configuration into cache keys; what identifies us there is the key alone.
+        return {"_key": self._key}
+
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:

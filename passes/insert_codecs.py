@@ -33,13 +33,14 @@ class InsertCodecs:
         outputs = graphs.forward_outputs()
         placeholders = {n.name: n for n in graphs.backward.graph.find_nodes(op="placeholder")}
         new_outputs: list[object] = outputs[: graphs.num_fwd_outputs]
+        shapes: dict[object, list[tuple[torch.Size, torch.dtype]]] = {}
         changed = False
         for node in outputs[graphs.num_fwd_outputs :]:
             codec = self.codecs.get(node.name) if isinstance(node, fx.Node) else None
             if codec is None or not isinstance(node, fx.Node):
                 new_outputs.append(node)
                 continue
-            parts = _encode(graphs.forward.graph, node, codec)
+            parts = _encode(graphs.forward.graph, node, codec, shapes)
             _decode(graphs.backward.graph, placeholders[node.name], parts, codec)
             new_outputs.extend(parts)
             changed = True
@@ -50,11 +51,15 @@ class InsertCodecs:
         return PassResult(changed)
 
 
-def _encode(graph: fx.Graph, node: fx.Node, codec: str) -> list[fx.Node]:
+def _encode(
+    graph: fx.Graph, node: fx.Node, codec: str, shapes: dict[object, list[tuple[torch.Size, torch.dtype]]]
+) -> list[fx.Node]:
     value: torch.Tensor = node.meta["val"]
+    key = (codec, str(value.numel()), value.dtype)
     with value.fake_mode:  # type: ignore[attr-defined]
-        permuted = value.permute(markers.storage_order(value))
-        encoded = get_codec(codec).encode(permuted, impl="reference")
+        if key not in shapes:
+            shapes[key] = [(p.shape, p.dtype) for p in get_codec(codec).encode(value, impl="reference")]
+        encoded = tuple(torch.empty(s, dtype=d, device=value.device) for s, d in shapes[key])
     origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten")}
     with graph.inserting_after(node):
         call = graph.call_function(markers.encode, (node, codec), name=f"{node.name}_encode")

@@ -33,19 +33,20 @@ class LowerCodecs:
     decode: Impl | None = None
 
     def run(self, graphs: Graphs) -> PassResult:
+        traced: dict[object, fx.Graph] = {}  # identical layers are traced once
         changed = False
         for graph in (graphs.forward.graph, graphs.backward.graph):
             for call in list(graph.nodes):
                 if markers.is_marker(call, markers.encode):
-                    self._encode(graph, call)
+                    self._encode(graph, call, traced)
                 elif markers.is_marker(call, markers.decode):
-                    self._decode(graph, call)
+                    self._decode(graph, call, traced)
                 else:
                     continue
                 changed = True
         return PassResult(changed)
 
-    def _encode(self, graph: fx.Graph, call: fx.Node) -> None:
+    def _encode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]) -> None:
         node, name = call.args
         assert isinstance(node, fx.Node) and isinstance(name, str)
         codec = get_codec(name)
@@ -53,34 +54,51 @@ class LowerCodecs:
         def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return codec.encode(x.permute(markers.storage_order(x)), impl=self.encode)
 
-        parts = compat.inline(graph, call, fn, [node])
+        key = ("encode", name, _signature(node))
+        if key not in traced:
+            traced[key] = compat.trace(fn, [node])
+        results = compat.inline(graph, call, traced[key], [node])
         for user in list(call.users):
             (_, index) = user.args
             assert isinstance(index, int)
-            name = user.name
-            user.replace_all_uses_with(parts[index])
+            name, value = user.name, user.meta["val"]
+            user.replace_all_uses_with(results[index])
             graph.erase_node(user)
-            parts[index].name = name  # the backward's placeholder has this name
+            results[index].name = name  # the backward's placeholder has this name
+            results[index].meta["val"] = value
         graph.erase_node(call)
 
-    def _decode(self, graph: fx.Graph, call: fx.Node) -> None:
+    def _decode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]) -> None:
         received, name, shape, order, dtype = call.args
         codec = get_codec(str(name))
         assert isinstance(received, (list, tuple)) and isinstance(shape, (list, tuple))
+        assert isinstance(order, (list, tuple)) and isinstance(dtype, torch.dtype)
         impl: Impl = self.decode or ("kernel" if _only_external_readers(call) else "reference")
         if call.meta["val"].device.type != "cuda":
             impl = "reference"
-        sizes = [s for s in shape if isinstance(s, fx.Node)]
+        inverse = [order.index(d) for d in range(len(order))]
+        count = len(received)
+        arguments = [*received, *(s for s in shape if isinstance(s, fx.Node))]
 
         def fn(*args: Any) -> tuple[torch.Tensor]:
-            parts, symbols = args[: len(received)], iter(args[len(received) :])
+            parts, symbols = args[:count], iter(args[count:])
             dims = [next(symbols) if isinstance(s, fx.Node) else s for s in shape]
-            inverse = [list(order).index(d) for d in range(len(order))]  # type: ignore[arg-type]
-            return (codec.decode(parts, dims, dtype, impl=impl).permute(inverse),)  # type: ignore[arg-type]
+            return (codec.decode(parts, dims, dtype, impl=impl).permute(inverse),)
 
-        (result,) = compat.inline(graph, call, fn, [*received, *sizes])
+        sizes = tuple(str(s.meta["val"]) if isinstance(s, fx.Node) else s for s in shape)
+        key = ("decode", name, impl, dtype, sizes, tuple(order), *map(_signature, received))
+        if key not in traced:
+            traced[key] = compat.trace(fn, arguments)
+        (result,) = compat.inline(graph, call, traced[key], arguments)
+        result.meta["val"] = call.meta["val"]
         call.replace_all_uses_with(result)
         graph.erase_node(call)
+
+
+def _signature(node: object) -> tuple[object, ...]:
+    assert isinstance(node, fx.Node)
+    value: torch.Tensor = node.meta["val"]
+    return (value.dtype, value.device, tuple(map(str, value.shape)), tuple(map(str, value.stride())))
 
 
 def _only_external_readers(call: fx.Node) -> bool:
@@ -92,5 +110,3 @@ def _only_external_readers(call: fx.Node) -> bool:
             elif compat.is_fusible(user):
                 return False
     return True
-
-
