@@ -7,7 +7,14 @@ the two-line form, ``plans`` returns what was decided.
 from __future__ import annotations
 
 from .api import disable_compression, enable_compression, plans, register
-from .errors import CiuicError, InfeasibleBudgetError, OptionError, PassError, PlanFileError, VerificationError
+from .errors import (
+    CiuicError,
+    InfeasibleBudgetError,
+    OptionError,
+    PassError,
+    PlanFileError,
+    VerificationError,
+)
 from .types import Action, Decision, Plan, Source, Storage, TensorClass
 
 __version__ = "0.1.0"

@@ -50,13 +50,17 @@ def ciuic(
         raise compat.user_facing(error) from error.__cause__
 
 
-def _compile(gm: fx.GraphModule, example_inputs: Sequence[object], config: CompileConfig) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[object], config: CompileConfig
+) -> Callable[..., Any]:
     patches: dict[str, Any] = dict(config.inductor_options)
     if config.mode == "off":
         return _inductor(gm, example_inputs, patches)
     name = f"graph {next(_counter)}"
     if not _is_training(example_inputs):
-        report.emit_note(f"{name}: inference (no gradients): compiled as Inductor would, nothing is compressed", config)
+        report.emit_note(
+            f"{name}: inference (no gradients): compiled as Inductor would, nothing is compressed", config
+        )
         return _inductor(gm, example_inputs, patches)
     key = cache.graph_key(gm, example_inputs, config, profile_for(_device(example_inputs)).name)
     plans: list[Plan] = []
@@ -74,7 +78,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[object], config: Compi
     elif (stored := cache.load(key)) is not None:  # Inductor's cache was warm: the partitioner never ran
         announce(replace(stored, name=name))
     elif _hit_cache():  # warm, but the plan was lost: plan again rather than run unannounced
-        with inductor_config.patch(force_disable_caches=True), functorch_config.patch(enable_autograd_cache=False):
+        with (
+            inductor_config.patch(force_disable_caches=True),
+            functorch_config.patch(enable_autograd_cache=False),
+        ):
             compiled = _inductor(gm, example_inputs, patches)
     return compiled
 
@@ -89,7 +96,9 @@ def reset() -> None:
     _plans.clear()
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[object], patches: dict[str, Any]) -> Callable[..., Any]:
+def _inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[object], patches: dict[str, Any]
+) -> Callable[..., Any]:
     compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type]
     return compiled
 

@@ -21,7 +21,9 @@ from .report import from_json, to_json
 from .types import Plan
 
 
-def graph_key(gm: fx.GraphModule, example_inputs: Sequence[object], config: CompileConfig, device: str) -> str:
+def graph_key(
+    gm: fx.GraphModule, example_inputs: Sequence[object], config: CompileConfig, device: str
+) -> str:
     """A hash of everything that determines a plan: graph, inputs, options, device, torch, our sources.
 
     The source lines of the user's program are in it too, because the report names them.

@@ -22,7 +22,12 @@ _REDUCTIONS = {
     aten.logsumexp, aten.any, aten.all, aten.argmax, aten.argmin, aten.max, aten.min, aten.linalg_vector_norm,
     torch.ops.prims.var, torch.ops.prims.sum, torch.ops.prims.prepare_softmax_online,
 }  # fmt: skip
-_ATTENTION = ("_scaled_dot_product", "_flash_attention_forward", "_efficient_attention_forward", "flex_attention")
+_ATTENTION = (
+    "_scaled_dot_product",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "flex_attention",
+)
 _CONTRACTIONS = {
     aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._scaled_mm, aten.addbmm, aten._int_mm,
 }  # fmt: skip
@@ -223,7 +228,9 @@ class Classifier:
         used = False
         while stack:
             for user in stack.pop().users:
-                if user in seen or not (self._captured.is_backward(user) or compat.is_view(user) or _is_cast(user)):
+                if user in seen or not (
+                    self._captured.is_backward(user) or compat.is_view(user) or _is_cast(user)
+                ):
                     continue
                 seen.add(user)
                 if compat.is_view(user) or _is_cast(user):

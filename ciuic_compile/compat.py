@@ -202,7 +202,9 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     proxy = sympy_interp(PythonReferenceAnalysis, inputs, expression)
     for node in graph.nodes:
         if node not in before:
-            node.meta["val"] = node.target(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args))
+            node.meta["val"] = node.target(
+                *(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args)
+            )
     return proxy.node  # type: ignore[no-any-return]
 
 
@@ -228,7 +230,9 @@ def trace(fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]) 
 def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx.Node]) -> list[fx.Node]:
     """Copy a traced function's nodes into ``graph`` before a node; return the nodes of its results."""
     environment = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
-    origin = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")}
+    origin = {
+        k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")
+    }
     for node in traced.nodes:
         if node.op == "call_function":
             with graph.inserting_before(before):
@@ -236,7 +240,9 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
             copy.meta.update(origin)
             environment[node] = copy
         elif node.op not in ("placeholder", "output"):
-            raise AssertionError(f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments")
+            raise AssertionError(
+                f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments"
+            )
     return [environment[n] for n in traced.output_node().args[0]]
 
 

@@ -54,7 +54,9 @@ class CiuicPartitioner(CustomPartitionerFn):
         num_fwd_outputs: int = kwargs["num_fwd_outputs"]
         stage: dict[str, Any] = {}
 
-        def choose(graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]) -> list[fx.Node]:
+        def choose(
+            graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
+        ) -> list[fx.Node]:
             captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
             model = analyze(captured, self._config)
             selection = select(model)
@@ -67,7 +69,9 @@ class CiuicPartitioner(CustomPartitionerFn):
         if not stage:  # nothing in this graph depends on the gradients, so nothing is saved for them
             return forward, backward
         graphs = Graphs(forward, backward, num_fwd_outputs)
-        self.plan = plan_and_rewrite(self._name, stage["model"], stage["selection"], stage["baseline"], graphs)
+        self.plan = plan_and_rewrite(
+            self._name, stage["model"], stage["selection"], stage["baseline"], graphs
+        )
         self._report(self.plan)
         return graphs.forward, graphs.backward
 

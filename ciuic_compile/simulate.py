@@ -49,7 +49,9 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> Pea
     user_outputs = sum(tensor_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder")
     forward_peak = _graph_peak(forward, {})
     names = {node.name for node in saved}
-    live = {n: tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if n.name in names}
+    live = {
+        n: tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if n.name in names
+    }
     tangents = sum(
         tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if "tangents" in n.name
     )

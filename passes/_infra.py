@@ -105,12 +105,16 @@ def verify(graphs: Graphs) -> None:
     got = [name for name in received if name in set(sent)]
     if got != sent:
         missing = sorted(set(sent) - set(got))
-        raise VerificationError(f"saved tensors and backward inputs differ in order or names: {missing or sent}")
+        raise VerificationError(
+            f"saved tensors and backward inputs differ in order or names: {missing or sent}"
+        )
     for name, node in zip(sent, (n for n in saved if n.name in set(sent)), strict=True):
         placeholder = next(n for n in graphs.backward.graph.find_nodes(op="placeholder") if n.name == name)
         here, there = node.meta["val"], placeholder.meta["val"]
         if here.dtype != there.dtype or tuple(map(str, here.shape)) != tuple(map(str, there.shape)):
-            raise VerificationError(f"{name} leaves the forward as {here.dtype} but enters the backward as {there.dtype}")
+            raise VerificationError(
+                f"{name} leaves the forward as {here.dtype} but enters the backward as {there.dtype}"
+            )
 
 
 def last_use(node: fx.Node) -> fx.Node:

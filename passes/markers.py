@@ -19,7 +19,11 @@ def encode(x: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
 
 
 def decode(
-    encoded: Sequence[torch.Tensor], codec: str, shape: Sequence[int], order: Sequence[int], dtype: torch.dtype
+    encoded: Sequence[torch.Tensor],
+    codec: str,
+    shape: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Decode to ``shape`` in storage order, then undo the permutation ``order``."""
     inverse = [order.index(d) for d in range(len(order))]

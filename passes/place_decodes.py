@@ -33,4 +33,6 @@ class PlaceDecodes:
 
 def _shape_nodes_stay_above(call: fx.Node) -> None:
     """A decode only moves down, and what it reads (placeholders, sizes) stays where it is."""
-    assert all(i.op == "placeholder" or not isinstance(i.meta.get("val"), tuple) for i in call.all_input_nodes)
+    assert all(
+        i.op == "placeholder" or not isinstance(i.meta.get("val"), tuple) for i in call.all_input_nodes
+    )

@@ -58,15 +58,22 @@ def select(model: MemoryModel) -> Selection:
     try:
         saved = select_saved(captured, model.classes, model.stored_bytes, model.config.lossy)
     except NoCut:
-        return Selection(captured.baseline_saved, ("kept Inductor's own choice of saved tensors: no other cut exists",))
+        return Selection(
+            captured.baseline_saved, ("kept Inductor's own choice of saved tensors: no other cut exists",)
+        )
     stored = sum(model.stored_bytes(n) for n in model.storages_of(saved))
     if stored > min(baseline_bytes, sum(model.stored_bytes(n) for n in model.baseline)):
-        return Selection(captured.baseline_saved, ("kept Inductor's own choice of saved tensors: it is smaller",))
+        return Selection(
+            captured.baseline_saved, ("kept Inductor's own choice of saved tensors: it is smaller",)
+        )
     return Selection(tuple(saved))
 
 
 def choose_codecs(
-    model: MemoryModel, selection: Selection, device: DeviceProfile, evaluate: Callable[[Mapping[str, str]], Peaks]
+    model: MemoryModel,
+    selection: Selection,
+    device: DeviceProfile,
+    evaluate: Callable[[Mapping[str, str]], Peaks],
 ) -> Codecs:
     """Codecs for the saved tensors: least error within the mode's ratio and the budget.
 
@@ -87,7 +94,9 @@ def choose_codecs(
         fixed = max((n for n in sizes if not codecs.chosen.get(n)), key=lambda n: sizes[n], default=None)
         limit = "max_error" if config.max_error is not None else "what must stay exact"
         where = f"; the largest is {fixed.name} ({sizes[fixed] / 2**20:.1f} MiB)" if fixed is not None else ""
-        notes.append(f"{config.mode} is out of reach: {baseline_bytes / planned:.2f}:1 is what {limit} leaves{where}")
+        notes.append(
+            f"{config.mode} is out of reach: {baseline_bytes / planned:.2f}:1 is what {limit} leaves{where}"
+        )
     if config.budget is not None:
         codecs = _fit_budget(model, selection, device, codecs, evaluate, config.budget)
     return Codecs(codecs.chosen, codecs.options, codecs.lower_bound, codecs.gap, tuple(notes))
@@ -147,7 +156,12 @@ def _options(model: MemoryModel, node: fx.Node, coefficient: float, device: Devi
         moved = codec.kernel_bytes(numel, itemsize)
         time_us = device.microseconds(int(moved.encode) + int(moved.decode))
         options.append(
-            Option(codec.name, int(codec.encoded_bytes(numel, itemsize)), coefficient * codec.relative_mse, time_us)
+            Option(
+                codec.name,
+                int(codec.encoded_bytes(numel, itemsize)),
+                coefficient * codec.relative_mse,
+                time_us,
+            )
         )
     return options
 
@@ -206,9 +220,18 @@ def _decision(
     if option.codec is None:
         reason = storage.kept_because or "compressing it was not needed for the target"
         return Decision(storage, Action.KEEP, None, option.nbytes, before, 0.0, 0.0, reason)
-    reason = "packed to one bit each" if get_bits(option.codec) == 1 else "least error for the bytes it gives up"
+    reason = (
+        "packed to one bit each" if get_bits(option.codec) == 1 else "least error for the bytes it gives up"
+    )
     return Decision(
-        storage, Action.COMPRESS, option.codec, option.nbytes, before, sqrt(option.variance), option.time_us, reason
+        storage,
+        Action.COMPRESS,
+        option.codec,
+        option.nbytes,
+        before,
+        sqrt(option.variance),
+        option.time_us,
+        reason,
     )
 
 

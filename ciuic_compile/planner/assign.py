@@ -44,7 +44,9 @@ class Assignment:
     gap: float
 
 
-def assign(options: Sequence[Sequence[Option]], target_bytes: int, max_variance: float | None = None) -> Assignment:
+def assign(
+    options: Sequence[Sequence[Option]], target_bytes: int, max_variance: float | None = None
+) -> Assignment:
     """Least-error choice of one option per storage whose bytes add up to at most ``target_bytes``.
 
     When even the smallest options exceed the target, or ``max_variance`` stands in the way, the plan

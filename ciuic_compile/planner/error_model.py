@@ -23,7 +23,16 @@ from ..classify import Classifier, packet
 from ..types import TensorClass
 
 aten = torch.ops.aten
-_SUMS = {aten.add, aten.sub, aten.where, aten.cat, aten.stack, aten.index_put, aten.select_scatter, aten.slice_scatter}
+_SUMS = {
+    aten.add,
+    aten.sub,
+    aten.where,
+    aten.cat,
+    aten.stack,
+    aten.index_put,
+    aten.select_scatter,
+    aten.slice_scatter,
+}
 
 #: Measured over predicted error variance when only this class is compressed; see docs/numerics.md.
 GAIN: dict[TensorClass, float] = {}

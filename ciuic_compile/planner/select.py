@@ -127,7 +127,9 @@ def _skip_sources(captured: CapturedGraph) -> set[fx.Node]:
 def _distance_to_backward(captured: CapturedGraph) -> dict[fx.Node, int]:
     distance: dict[fx.Node, int] = {}
     for node in reversed(captured.savable):
-        steps = [0 if captured.is_backward(u) else distance.get(u, 50) + 1 for u in node.users if u.op != "output"]
+        steps = [
+            0 if captured.is_backward(u) else distance.get(u, 50) + 1 for u in node.users if u.op != "output"
+        ]
         distance[node] = min(steps, default=50)
     return distance
 
@@ -136,7 +138,9 @@ def _cut(edges: dict[tuple[int, int], float], source: int, sink: int) -> set[int
     """Indices of the nodes whose inner edge a minimum cut crosses."""
     finite = sum(c for c in edges.values() if c != np.inf)
     unit = max(finite / _BUDGET, 1e-9)
-    capacities = np.array([_INF if c == np.inf else max(round(c / unit), c > 0) for c in edges.values()], dtype=np.int32)
+    capacities = np.array(
+        [_INF if c == np.inf else max(round(c / unit), c > 0) for c in edges.values()], dtype=np.int32
+    )
     rows, columns = (np.fromiter(side, dtype=np.int32) for side in zip(*edges, strict=True))
     graph = csr_array((capacities, (rows, columns)), shape=(sink + 1, sink + 1))
     result = maximum_flow(graph, source, sink)
