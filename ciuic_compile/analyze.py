@@ -94,7 +94,7 @@ class MemoryModel:
 
     def source(self, node: fx.Node) -> Source:
         """The user's line and module that made this value (torch's own frames are skipped)."""
-        frames = [m for m in _FRAME.finditer(node.meta.get("stack_trace") or "")]
+        frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
         users = [m for m in frames if not m["file"].startswith(_TORCH)]
         frame = (users or frames)[-1] if frames else None
         stack = node.meta.get("nn_module_stack") or {}

@@ -31,11 +31,11 @@ def enable_compression(mode: str = "4:1", **options: Any) -> None:
     set_default_config({"mode": mode, **options})
 
     @functools.wraps(_inductor_compile)
-    def compile(*args: Any, **kwargs: Any) -> Any:
+    def compile_with_ciuic(*args: Any, **kwargs: Any) -> Any:
         kwargs.setdefault("backend", "ciuic")
         return _inductor_compile(*args, **kwargs)
 
-    torch.compile = compile  # type: ignore[assignment]
+    torch.compile = compile_with_ciuic
 
 
 def disable_compression() -> None:

@@ -45,7 +45,7 @@ REASONS = {
     TensorClass.STATISTIC: "a statistic (mean, variance, logsumexp): an error in it scales whole rows",
     TensorClass.INDEX: "integers or booleans: exact or wrong",
     TensorClass.LOSS: "only the loss is computed from it (logits): lossy logits cost accuracy at any width",
-    TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: its probabilities would not sum to one",
+    TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: probabilities would not sum to one",
 }
 MIN_BITS = {TensorClass.ATTENTION_QK: 8}
 

@@ -23,7 +23,7 @@ from torch._functorch.partitioners import NodeInfo, must_recompute
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental import symbolic_shapes
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointPolicy
@@ -77,8 +77,8 @@ def extract(
         extra["saved_opaque_nodes"] = [n for n in saved if opaque(n)]
     forward, backward = _partitioners._extract_fwd_bwd_modules(
         joint,
-        [n for n in saved if not _partitioners.is_sym_node(n) and not opaque(n)],
-        saved_sym_nodes=[n for n in saved if _partitioners.is_sym_node(n)],
+        [n for n in saved if not is_sym_node(n) and not opaque(n)],
+        saved_sym_nodes=[n for n in saved if is_sym_node(n)],
         num_fwd_outputs=num_fwd_outputs,
         static_lifetime_input_nodes=info.static_lifetime_input_nodes,
         **extra,
@@ -128,7 +128,7 @@ def is_collective(node: fx.Node) -> bool:
 
 def is_symbolic(node: fx.Node) -> bool:
     """Whether the node's value is a symbolic number, not a tensor."""
-    return bool(_partitioners.is_sym_node(node))
+    return bool(is_sym_node(node))
 
 
 def hint(value: int | torch.SymInt | sympy.Expr, fallback: int = 4096) -> int:
@@ -243,7 +243,9 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
             raise AssertionError(
                 f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments"
             )
-    return [environment[n] for n in traced.output_node().args[0]]
+    (results,) = traced.output_node().args
+    assert isinstance(results, (tuple, list))
+    return [environment[n] for n in results if isinstance(n, fx.Node)]
 
 
 def user_facing(error: Exception) -> Exception:
@@ -253,7 +255,7 @@ def user_facing(error: Exception) -> Exception:
     """
     kind = type(error)
     both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
-    raised: Exception = both.__new__(both)
+    raised: Exception = both.__new__(both)  # type: ignore[call-overload]
     raised.args = error.args
     raised.__dict__.update(error.__dict__, first_useful_frame=None, msg=str(error))
     raised.__traceback__ = error.__traceback__

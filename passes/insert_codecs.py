@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,7 +33,7 @@ class InsertCodecs:
     def run(self, graphs: Graphs) -> PassResult:
         outputs = graphs.forward_outputs()
         placeholders = {n.name: n for n in graphs.backward.graph.find_nodes(op="placeholder")}
-        new_outputs: list[object] = outputs[: graphs.num_fwd_outputs]
+        new_outputs: list[Any] = outputs[: graphs.num_fwd_outputs]
         shapes: dict[object, list[tuple[torch.Size, torch.dtype]]] = {}
         changed = False
         for node in outputs[graphs.num_fwd_outputs :]:

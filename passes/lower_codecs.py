@@ -82,7 +82,7 @@ class LowerCodecs:
 
         def fn(*args: Any) -> tuple[torch.Tensor]:
             parts, symbols = args[:count], iter(args[count:])
-            dims = [next(symbols) if isinstance(s, fx.Node) else s for s in shape]
+            dims: list[Any] = [next(symbols) if isinstance(s, fx.Node) else s for s in shape]
             return (codec.decode(parts, dims, dtype, impl=impl).permute(inverse),)
 
         sizes = tuple(str(s.meta["val"]) if isinstance(s, fx.Node) else s for s in shape)

@@ -127,9 +127,9 @@ def _fit_budget(
         return _solve(model, selection, device, 0)
     smallest = min(least.peak, smallest or least.peak)
     raise InfeasibleBudgetError(
-        f"budget {budget / 2**20:.1f} MiB: the smallest planned peak found for this graph is {smallest / 2**20:.1f} MiB "
-        f"({least.saved / 2**20:.1f} MiB of it saved tensors); raise the budget to {smallest} bytes, "
-        "or make the batch smaller",
+        f"budget {budget / 2**20:.1f} MiB: the smallest planned peak found for this graph is "
+        f"{smallest / 2**20:.1f} MiB ({least.saved / 2**20:.1f} MiB of it saved tensors); "
+        f"raise the budget to {smallest} bytes, or make the batch smaller",
         budget_bytes=budget,
         smallest_bytes=smallest,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -90,7 +91,7 @@ def _solve(
     if result.x is None:
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    choice = tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts, starts[1:], strict=False))
+    choice = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
     value = float(sum(cost[a + c] for a, c in zip(starts, choice, strict=False)))
     bound = float(result.mip_dual_bound) * scale
     gap = max(0.0, (value - bound) / value) if value > 0 else 0.0
