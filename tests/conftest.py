@@ -14,7 +14,7 @@ _SESSION = Path(tempfile.mkdtemp(prefix="ciuic-tests-"))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_SESSION / "session")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # xdist already fills the cores
 
-import torch
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

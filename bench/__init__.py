@@ -1,0 +1,1 @@
+"""Benchmarks: `python3 bench/<name>.py --help` from the repository's root, with PYTHONPATH=."""
