@@ -38,6 +38,13 @@ class CapturedGraph:
         return frozenset(self.info.static_lifetime_input_nodes)
 
     @cached_property
+    def mutated(self) -> frozenset[fx.Node]:
+        """Placeholders that the forward overwrites (running statistics, say): the backward sees other values."""
+        copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        targets = (n.args[0] for n in copies if not self.is_backward(n))
+        return frozenset(n for n in targets if isinstance(n, fx.Node) and n.op == "placeholder")
+
+    @cached_property
     def fwd_outputs(self) -> tuple[fx.Node, ...]:
         """Nodes that the compiled forward returns to the user."""
         flat = torch.utils._pytree.arg_tree_leaves(*self.graph.output_node().args)

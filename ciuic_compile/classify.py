@@ -135,6 +135,8 @@ class Classifier:
         found: set[fx.Node] = set()
         for node in self._forward:
             inputs = all(i in found for i in node.all_input_nodes)
+            if node in self._captured.mutated:
+                continue  # the backward would read what the forward wrote there
             if node.op in ("placeholder", "get_attr") or (inputs and _is_rebuildable(node)):
                 found.add(node)
         return found

@@ -14,7 +14,7 @@ from torch import fx
 
 from .. import compat
 from ..analyze import MemoryModel
-from ..capture import tensor
+from ..capture import owner, tensor
 from ..codecs import get_codec
 from ..devices import DeviceProfile
 from ..errors import InfeasibleBudgetError
@@ -22,7 +22,7 @@ from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
 from .error_model import BOUND_FACTOR, ErrorModel
-from .select import NoCut, select_saved
+from .select import NoCut, follows_rules, select_saved
 
 _BUDGET_ROUNDS = 6
 
@@ -58,15 +58,19 @@ def select(model: MemoryModel) -> Selection:
     try:
         saved = select_saved(captured, model.classes, model.stored_bytes, model.config.lossy)
     except NoCut:
-        return Selection(
-            captured.baseline_saved, ("kept Inductor's own choice of saved tensors: no other cut exists",)
-        )
+        note = "kept Inductor's own choice of saved tensors: no other cut exists"
+        return Selection(_by_storage(captured.baseline_saved), (note,))
     stored = sum(model.stored_bytes(n) for n in model.storages_of(saved))
-    if stored > min(baseline_bytes, sum(model.stored_bytes(n) for n in model.baseline)):
-        return Selection(
-            captured.baseline_saved, ("kept Inductor's own choice of saved tensors: it is smaller",)
-        )
-    return Selection(tuple(saved))
+    smaller = stored > min(baseline_bytes, sum(model.stored_bytes(n) for n in model.baseline))
+    if smaller and follows_rules(captured, model.classes, captured.baseline_saved, model.config.lossy):
+        note = "kept Inductor's own choice of saved tensors: it is smaller"
+        return Selection(_by_storage(captured.baseline_saved), (note,))
+    return Selection(_by_storage(saved))
+
+
+def _by_storage(saved: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """The owners of what views among the saved nodes show: a storage is planned, encoded and saved once."""
+    return tuple(dict.fromkeys(map(owner, saved)))
 
 
 def choose_codecs(
@@ -95,7 +99,8 @@ def choose_codecs(
         limit = "max_error" if config.max_error is not None else "what must stay exact"
         where = f"; the largest is {fixed.name} ({sizes[fixed] / 2**20:.1f} MiB)" if fixed is not None else ""
         notes.append(
-            f"{config.mode} is out of reach: {baseline_bytes / planned:.2f}:1 is what {limit} leaves{where}"
+            f"{config.mode} is out of reach: "
+            f"{baseline_bytes / planned:.2f}:1 is all that {limit} leaves{where}"
         )
     if config.budget is not None:
         codecs = _fit_budget(model, selection, device, codecs, evaluate, config.budget)

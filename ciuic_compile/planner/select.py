@@ -9,7 +9,7 @@ connections are never rebuilt as a chain, masks are packed to bits instead of re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -70,6 +70,28 @@ def select_saved(
     return [node for node, i in index.items() if i in crossed]
 
 
+def follows_rules(
+    captured: CapturedGraph, classes: Classifier, saved: Sequence[fx.Node], lossy: bool
+) -> bool:
+    """Whether the backward can rebuild the rest from these saved nodes without breaking a rule of the cut.
+
+    Inductor's own choice may rebuild masks from values that we store lossily, and (torch 2.11 to 2.13)
+    rebuilds from inputs that the forward has overwritten, which makes its gradients wrong. Chains of
+    skip connections are not looked for.
+    """
+    stack, seen = list(captured.bwd_outputs), set(saved) - captured.mutated
+    while stack:
+        node = stack.pop()
+        if node in seen or (node.op == "placeholder" and node not in captured.mutated):
+            continue
+        seen.add(node)
+        rebuilt = not captured.is_backward(node) and not compat.must_recompute(node)
+        if rebuilt and not _may_rebuild(node, classes, set(), lossy):
+            return False
+        stack.extend(node.all_input_nodes)
+    return True
+
+
 def _itemsize(node: fx.Node) -> int:
     value = tensor(node)
     return 0 if value is None else value.dtype.itemsize
@@ -81,6 +103,8 @@ def _capacity(node: fx.Node, captured: CapturedGraph, stored_bytes: Callable[[fx
         return 1.0
     if not isinstance(value, torch.Tensor):
         return np.inf if isinstance(value, (tuple, list)) or value is None else 0.0
+    if node in captured.mutated:
+        return np.inf  # the backward would read what the forward wrote there: save what was computed from it
     if node.op == "placeholder":
         return 0.0  # alive anyway
     if (compat.is_view(node) or owner(node) is not node) and not compat.must_save(node):
