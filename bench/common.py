@@ -98,7 +98,7 @@ def run_cell(module: str, spec: Mapping[str, Any], timeout: float) -> dict[str, 
         That object, or ``{"failed": ...}`` with the end of what the process said; ``spec`` is part of both.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "KINETO_LOG_LEVEL": "5"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", module, "--cell", json.dumps(spec)]
     try:
         done = subprocess.run(
