@@ -39,7 +39,7 @@ class CapturedGraph:
 
     @cached_property
     def mutated(self) -> frozenset[fx.Node]:
-        """Placeholders that the forward overwrites (running statistics, say): the backward sees other values."""
+        """Placeholders that the forward overwrites (running statistics): the backward sees other values."""
         copies = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
         targets = (n.args[0] for n in copies if not self.is_backward(n))
         return frozenset(n for n in targets if isinstance(n, fx.Node) and n.op == "placeholder")

@@ -35,8 +35,8 @@ class Assignment:
     Attributes:
         choice: index of the chosen option, one a storage.
         reached: whether the byte target holds; when it cannot, the fewest bytes are chosen instead.
-        lower_bound: dual bound on the minimised cost.
-        gap: ``(cost - lower_bound) / cost``, 0.0 when proved optimal.
+        lower_bound: dual bound on what was minimised: the error, or the bytes where ``reached`` is False.
+        gap: ``(value - lower_bound) / value`` of what was minimised, 0.0 when proved optimal.
     """
 
     choice: tuple[int, ...]
@@ -53,38 +53,65 @@ def assign(
     When even the smallest options exceed the target, or ``max_variance`` stands in the way, the plan
     with the fewest bytes (within ``max_variance``) is returned with ``reached=False``.
     """
-    if not options:
-        return Assignment((), target_bytes >= 0, 0.0, 0.0)
     flat = [o for group in options for o in group]
     size = np.array([o.nbytes for o in flat], dtype=float)
     variance = np.array([o.variance for o in flat])
     # Time only breaks ties: a microsecond weighs as much as a millionth of an INT4 tensor's variance.
     cost = variance + np.array([o.time_us for o in flat]) * 1e-8
     limits = [(variance, max_variance)] if max_variance is not None else []
-    solved = _solve(options, cost, [*limits, (size, target_bytes * (1 - 1e-6))])  # HiGHS allows 1e-7
-    if solved is not None:
-        return Assignment(solved[0], True, solved[1], solved[2])
-    smallest = _solve(options, size / max(size.max(), 1.0) + cost * 1e-6, limits)
-    assert smallest is not None, "keeping everything has no error, so this is always feasible"
-    return Assignment(smallest[0], False, smallest[1], smallest[2])
+    bound = 0.0
+    for slack in (0.0, 2e-6):  # HiGHS may exceed a limit by a millionth of it: then ask for less
+        solved = _solve(options, cost, [*limits, (size, target_bytes * (1 - slack))])
+        if solved is None:
+            break
+        choice, dual = solved
+        bound = dual if slack == 0.0 else bound  # less than asked for would not bound what was asked for
+        if _total(options, choice) <= target_bytes:
+            value = sum(o[c].variance + o[c].time_us * 1e-8 for o, c in zip(options, choice, strict=True))
+            return Assignment(choice, True, bound, _gap(value, bound))
+    if max_variance is None:  # then each storage takes its own fewest bytes
+        choice = tuple(
+            list(group).index(min(group, key=lambda o: (o.nbytes, o.variance, o.time_us)))
+            for group in options
+        )
+        bound = float(_total(options, choice))
+    else:
+        ties = cost / max(float(cost.max()), 1e-30) * 1e-6
+        smallest = _solve(options, size / max(float(size.max()), 1.0) + ties, limits)
+        assert smallest is not None, "keeping everything has no error, so this is always feasible"
+        choice, bound = smallest[0], smallest[1] * max(float(size.max()), 1.0)
+    total = _total(options, choice)
+    return Assignment(choice, total <= target_bytes, bound, _gap(float(total), bound))
+
+
+def _total(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> int:
+    return sum(group[i].nbytes for group, i in zip(options, choice, strict=True))
+
+
+def _gap(value: float, bound: float) -> float:
+    return max(0.0, (value - bound) / value) if value > 0 else 0.0
 
 
 def _solve(
     options: Sequence[Sequence[Option]], cost: np.ndarray, limits: Sequence[tuple[np.ndarray, float]]
-) -> tuple[tuple[int, ...], float, float] | None:
-    """Choice, dual bound and gap; None when infeasible."""
+) -> tuple[tuple[int, ...], float] | None:
+    """Choice and dual bound; None when infeasible."""
+    if not options:
+        return (), 0.0
     sizes = [len(group) for group in options]
     group_of = np.repeat(np.arange(len(options)), sizes)
     ones = coo_array((np.ones(len(cost)), (group_of, np.arange(len(cost)))))
     constraints = [LinearConstraint(ones, 1, 1)]
+    usable = np.ones(len(cost), dtype=bool)
     for row, bound in limits:
-        scale = max(abs(bound), 1e-30)
-        constraints.append(LinearConstraint(row[None, :] / scale, -np.inf, bound / scale))
+        usable &= row <= bound  # what alone exceeds a limit is left out, so that no coefficient is huge
+        scaled = np.where(row <= bound, row, 0.0) / (bound if bound > 0 else 1.0)
+        constraints.append(LinearConstraint(scaled[None, :], -np.inf, 1.0 if bound > 0 else 0.0))
     scale = max(float(np.abs(cost).max()), 1e-30)
     result = milp(
         cost / scale,
         integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, usable.astype(float)),
         constraints=constraints,
         options={"mip_rel_gap": 1e-3, "time_limit": 10.0},
     )
@@ -92,7 +119,4 @@ def _solve(
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)])
     choice = tuple(int(np.argmax(result.x[a:b])) for a, b in pairwise(starts))
-    value = float(sum(cost[a + c] for a, c in zip(starts, choice, strict=False)))
-    bound = float(result.mip_dual_bound) * scale
-    gap = max(0.0, (value - bound) / value) if value > 0 else 0.0
-    return choice, bound, gap
+    return choice, float(result.mip_dual_bound) * scale
