@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ciuic_compile.codecs import _gaussian
-from ciuic_compile.codecs._quantize import Levels
+from ciuic_compile.codecs._quantize import Levels, dequantize
 from ciuic_compile.codecs.base import Codec, Encoded, Impl, Size, check_dtype, resolve_impl
 from ciuic_compile.errors import OptionError
 
@@ -131,3 +131,22 @@ def from_groups(values: Tensor, numel: int | torch.SymInt, group_size: int) -> T
     groups = values.shape[0]
     flat = values.view(groups * group_size)
     return flat if statically_known_true(groups * group_size == numel) else flat[:numel]
+
+
+def dequantize_groups(
+    codes: Tensor, qparams: Sequence[Tensor], numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec
+) -> Tensor:
+    """The first ``numel`` values of int32 ``codes`` [groups, ...], flat, in ``dtype``.
+
+    On CUDA the arithmetic runs in the tensor's flat order: in group order Inductor stored the decoded
+    values (as float32) instead of fusing them with what reads them. On the CPU it runs in group order:
+    in flat order Inductor 2.13 read beyond the qparams in the vector loop's tail.
+    """
+    size = codec.group_size
+    if codes.device.type == "cpu":
+        shape = (-1, *[1] * (codes.dim() - 1))
+        scale, *offset = (q.view(shape) for q in qparams)
+        values = dequantize(codes, scale, offset[0] if offset else None, codec.levels, dtype)
+        return from_groups(values, numel, size)
+    scale, *offset = (from_groups(q[:, None].expand(-1, size).contiguous(), numel, size) for q in qparams)
+    return dequantize(from_groups(codes, numel, size), scale, offset[0] if offset else None, codec.levels, dtype)

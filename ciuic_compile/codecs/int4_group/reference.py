@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciuic_compile.codecs._group import IntGroupCodec, from_groups, to_groups
-from ciuic_compile.codecs._quantize import dequantize, quantize
+from ciuic_compile.codecs._group import IntGroupCodec, dequantize_groups, to_groups
+from ciuic_compile.codecs._quantize import quantize
 from ciuic_compile.codecs.base import Encoded
 
 
@@ -25,9 +25,7 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
 
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
-    payload, scale, *rest = encoded
+    payload, *qparams = encoded
     shift = torch.arange(2, dtype=torch.int32, device=payload.device) * 4
     codes = (payload.to(torch.int32)[:, None, :] >> shift[None, :, None]) & 15
-    offset = rest[0][:, None, None] if rest else None
-    values = dequantize(codes, scale[:, None, None], offset, codec.levels, dtype)
-    return from_groups(values, numel, codec.group_size)
+    return dequantize_groups(codes, qparams, numel, dtype, codec)

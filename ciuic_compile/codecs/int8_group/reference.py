@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ciuic_compile.codecs._group import IntGroupCodec, from_groups, to_groups
-from ciuic_compile.codecs._quantize import dequantize, quantize
+from ciuic_compile.codecs._group import IntGroupCodec, dequantize_groups, to_groups
+from ciuic_compile.codecs._quantize import quantize
 from ciuic_compile.codecs.base import Encoded
 
 
@@ -19,6 +19,4 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     payload, scale = encoded
-    codes = payload.to(torch.int32) + codec.levels.bias
-    values = dequantize(codes, scale[:, None], None, codec.levels, dtype)
-    return from_groups(values, numel, codec.group_size)
+    return dequantize_groups(payload.to(torch.int32) + codec.levels.bias, (scale,), numel, dtype, codec)
