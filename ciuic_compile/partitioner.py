@@ -87,7 +87,10 @@ def plan_and_rewrite(
     """
     device = _device(model)
     # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
-    present = {n.name for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)}
+    storages = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
+    present = {n.name for n in storages}
+    chosen = {n.name for n in selection.saved}
+    added = sum(tensor_bytes(n.meta["val"]) for n in storages if n.name not in chosen)
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
     def evaluate(codecs: Mapping[str, str]) -> Peaks:
@@ -102,6 +105,13 @@ def plan_and_rewrite(
         tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     )
     plan = make_plan(name, model, selection, codecs, baseline, planned, device, notes)
+    if added:
+        plan = replace(
+            plan,
+            baseline_saved_bytes=plan.baseline_saved_bytes + added,
+            planned_saved_bytes=plan.planned_saved_bytes + added,
+            notes=(*plan.notes, f"{added} bytes of it are RNG states that torch saves to replay random ops"),
+        )
     if audited != plan.planned_saved_bytes:
         raise VerificationError(
             f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"

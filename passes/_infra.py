@@ -106,7 +106,7 @@ def verify(graphs: Graphs) -> None:
         pairs = zip(sent, [*received, *[None] * len(sent)], strict=False)
         wrong = next((a, b) for a, b in pairs if b is None or not _same_value(a, b))
         raise VerificationError(
-            f"saved tensors and backward inputs differ in order or names: {wrong[0]} is received as {wrong[1]}"
+            f"saved tensors and backward inputs differ in order or names: {wrong[0]} arrives as {wrong[1]}"
         )
     for node, placeholder in zip(sent, received, strict=True):
         here, there = node.meta["val"], placeholder.meta["val"]
