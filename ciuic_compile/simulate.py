@@ -121,7 +121,7 @@ def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int]) -> int:
 
 def _is_materialized(node: fx.Node, outputs: set[fx.Node]) -> bool:
     """Whether Inductor will give this node's value a buffer of its own."""
-    if node.op != "call_function" or compat.is_getitem(node) or compat.is_view(node):
+    if node.op != "call_function" or compat.is_getitem(node) or compat.is_view(node) or _overwrites(node):
         return False
     if node in outputs or not compat.is_fusible(node) or is_reduction(node):
         return True
@@ -130,6 +130,11 @@ def _is_materialized(node: fx.Node, outputs: set[fx.Node]) -> bool:
         for user in stack.pop().users:
             if compat.is_view(user):
                 stack.append(user)
-            elif not compat.is_fusible(user):
+            elif not compat.is_fusible(user) and not _overwrites(user):
                 return True
     return False
+
+
+def _overwrites(node: fx.Node) -> bool:
+    """Whether the node writes into an input: its kernel stores there and nowhere else."""
+    return node.target is torch.ops.aten.copy_.default

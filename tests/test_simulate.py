@@ -1,0 +1,216 @@
+"""The peak model on graphs whose peaks are counted by hand, in units of one 64 x 64 fp32 tensor."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+
+from ciuic_compile.simulate import Peaks, saved_storages, simulate, tensor_bytes
+from tests.stages import HandMade, by_name, stage
+
+aten = torch.ops.aten
+UNIT = 64 * 64 * 4
+
+
+class Made(HandMade):
+    """``mm``, ``sin`` and so on for 64 x 64 values; ``x`` and ``w`` are inputs, which cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.w = self.placeholder("primals_1", 64, 64), self.placeholder("primals_2", 64, 64)
+
+    def mm(self, a: fx.Node, b: fx.Node | None = None) -> fx.Node:
+        return self.call(aten.mm.default, a, b or self.w)
+
+    def sin(self, a: fx.Node) -> fx.Node:
+        return self.call(aten.sin.default, a)
+
+    def add(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        return self.call(aten.add.Tensor, a, b)
+
+    def forward_peak(self, *outputs: fx.Node) -> float:
+        """Peak of the graph so far as a forward that returns these, in units."""
+        return simulate(self.output(*outputs), nothing(), len(outputs)).forward / UNIT
+
+
+def nothing() -> fx.Graph:
+    """A backward that does nothing."""
+    return HandMade().output(None)
+
+
+def test_inputs_cost_nothing() -> None:
+    made = Made()
+    assert made.forward_peak(made.x) == 0
+
+
+def test_a_chain_of_matmuls_holds_two() -> None:
+    made = Made()
+    assert made.forward_peak(made.mm(made.mm(made.mm(made.x)))) == 2
+
+
+def test_fused_pointwise_values_cost_nothing_and_the_last_reuses_its_input() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    pointwise = made.sin(made.sin(made.sin(a)))  # one kernel, in place of a
+    assert made.forward_peak(made.mm(pointwise)) == 2
+
+
+def test_no_reuse_while_the_input_is_still_needed() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    assert made.forward_peak(made.mm(made.mm(made.sin(a)), a)) == 3
+
+
+def test_a_matmul_never_works_in_place() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    assert made.forward_peak(made.mm(a, a)) == 2
+
+
+def test_a_fused_value_keeps_its_input_until_its_consumer_runs() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    late = made.sin(a)  # runs inside the add, so a lives until then
+    b = made.mm(made.mm(made.x))
+    # a, then the inner matmul's result, then the outer's
+    assert made.forward_peak(made.add(late, b)) == 3
+
+
+def test_views_cost_nothing_and_keep_their_base() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    view = made.call(aten.permute.default, a, [1, 0])
+    b = made.mm(made.mm(made.x))  # a, and two of b's
+    assert made.forward_peak(made.mm(b, view)) == 3
+
+
+def test_outputs_live_to_the_end() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    b = made.mm(a)
+    c = made.mm(b)
+    assert made.forward_peak(a, b, made.mm(c)) == 4
+
+
+def test_an_output_through_a_view_lives_to_the_end() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    view = made.call(aten.permute.default, a, [1, 0])
+    assert made.forward_peak(view, made.mm(made.mm(made.x))) == 3
+
+
+def test_a_reduction_is_stored_and_does_not_reuse_a_bigger_buffer_twice() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
+    assert made.forward_peak(row) == 1, "written into the buffer that is free by then"
+    made = Made()
+    a = made.mm(made.x)
+    row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
+    assert made.forward_peak(made.add(a, row)) == 1 + 1 / 64
+
+
+def test_all_results_of_a_multi_output_op_count_until_the_last_is_read() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    both = made.call(aten.var_mean.correction, a, [1], correction=0, keepdim=True)
+    variance = made.call(operator.getitem, both, 0)
+    b = made.mm(a, a)
+    assert made.forward_peak(made.add(b, variance)) == 2 + 2 / 64
+
+
+def test_an_overwritten_input_needs_no_buffer() -> None:
+    made = Made()
+    made.call(aten.copy_.default, made.x, made.sin(made.w))
+    assert made.forward_peak(made.w) == 0
+
+
+def backward_of(*saved: tuple[str, int]) -> tuple[HandMade, list[fx.Node], fx.Node]:
+    """A backward with these saved tensors (name, rows) and one tangent."""
+    made = HandMade()
+    received = [made.placeholder(name, rows, 64) for name, rows in saved]
+    return made, received, made.placeholder("tangents_1", 64, 64)
+
+
+def test_saved_tensors_are_freed_after_their_last_use() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    b = made.mm(a)
+    forward = made.output(made.mm(b), a, b, made.x)
+    there, (saved_a, saved_b), t = backward_of((a.name, 64), (b.name, 64))
+    g = there.call(aten.mm.default, t, saved_b)
+    h = there.call(aten.mm.default, g, saved_a)
+    last = there.call(aten.mm.default, h, t)
+    got = simulate(forward, there.output(last), 1)
+    # output and tangent all along (2); then a, b, g; then a, g, h (b is free); then h and last
+    assert got == Peaks(saved=2 * UNIT, forward=3 * UNIT, backward=(2 + 3) * UNIT)
+    assert got.peak == 5 * UNIT
+
+
+def test_a_saved_tensor_that_nobody_reads_still_arrives() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    forward = made.output(made.mm(a), a)
+    there, _, t = backward_of((a.name, 64))
+    got = simulate(forward, there.output(there.call(aten.sin.default, t)), 1)
+    assert (got.saved, got.backward) == (UNIT, (2 + 1) * UNIT)
+
+
+def test_early_decodes_cost_more_than_late_ones() -> None:
+    """Three saved vectors, each expanded to a matrix: all at the start, or one at a time."""
+
+    def backward(early: bool) -> fx.Graph:
+        there, rows, t = backward_of(("a", 1), ("b", 1), ("c", 1))
+        ones = there.placeholder("primals_1", 64, 1)
+        g, wide = t, []
+        for row in rows:
+            if early:
+                wide.append(there.call(aten.mm.default, ones, row))
+        for index, row in enumerate(rows):
+            decoded = wide[index] if early else there.call(aten.mm.default, ones, row)
+            g = there.call(aten.mm.default, g, decoded)
+        return there.output(g)
+
+    made = Made()
+    row = [made.call(aten.sum.dim_IntList, made.mm(made.x), [0], True) for _ in "abc"]
+    for node, name in zip(row, "abc", strict=True):
+        node.name = name
+    forward = made.output(made.x, *row)
+    # the tangent; then g and three matrices, or g, one matrix, their product and the last vector
+    early, late = (simulate(forward, backward(flag), 1).backward for flag in (True, False))
+    assert early == (1 + 4) * UNIT
+    assert late == (1 + 3) * UNIT + 64 * 4
+
+
+def test_storages_that_several_saved_views_share_count_once() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    views = [made.call(aten.slice.Tensor, a, 0, i, i + 32) for i in (0, 32)]
+    input_view = made.call(aten.permute.default, made.x, [1, 0])
+    forward = made.output(made.mm(a), *views, input_view, made.w)
+    assert by_name(saved_storages(forward, 1)) == {views[0].name}
+
+
+def test_bytes() -> None:
+    assert tensor_bytes(torch.empty(3, 5, dtype=torch.bfloat16)) == 30
+    assert tensor_bytes((torch.empty(2), [torch.empty(3, dtype=torch.bool)])) == 11
+    assert tensor_bytes(7) == tensor_bytes(None) == 0
+    found = stage(
+        nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), torch.randn(48, 8), dynamic=True
+    )
+    (first, _) = found.nodes(aten.addmm)
+    assert isinstance(first.meta["val"].shape[0], torch.SymInt)
+    assert tensor_bytes(first.meta["val"]) == 48 * 8 * 4
+
+
+@pytest.mark.parametrize("mode", ["4:1", "lossless"])
+def test_baseline_of_a_model(mode: str) -> None:
+    """Four linear layers with GELU: the hidden values are saved, whatever the mode."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    found = stage(model, torch.randn(64, 64), mode=mode)
+    # Inductor keeps each hidden value and its GELU: two units a layer
+    assert found.baseline.saved == sum(found.model.baseline.values()) == 4 * UNIT
+    assert found.baseline.forward == (4 + 1) * UNIT
