@@ -110,7 +110,7 @@ def run_cell(module: str, spec: Mapping[str, Any], timeout: float) -> dict[str, 
     if done.returncode or not lines:
         return {
             **spec,
-            "error": "\n".join(done.stderr.strip().splitlines()[-12:]) or f"exit {done.returncode}",
+            "failed": "\n".join(done.stderr.strip().splitlines()[-12:]) or f"exit {done.returncode}",
         }
     result: dict[str, Any] = json.loads(lines[-1])
     return {**spec, **result}

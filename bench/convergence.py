@@ -51,7 +51,7 @@ def main() -> None:
     steps = [step for step, _ in reference.validation]
     shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
     common.table(
-        f"validation loss: {reference.parameters / 1e6:.1f}M parameters, {setting.steps} steps, seed {args.seed}",
+        f"validation loss: {reference.parameters / 1e6:.1f}M parameters, {args.steps} steps",
         ("", *(f"step {s}" for s in shown), "difference", "saved MiB", "peak MiB", "step ms"),
         [
             [

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one call: `PYTHONPATH=. python3 bench/h200.py --out "$OUT"`.
 
-Tests, saved bytes, step times, the demo at its larger size, convergence; each with a time limit of its own, each
-selectable with --only. Leaves h200.json (all results), h200.log (all output) and the pictures in --out; prints a
-short table last.
+Tests, saved bytes, step times, the demo at its larger size, convergence; each with a time limit of its own,
+each selectable with --only. Leaves h200.json (all results), h200.log (all output) and the pictures in --out;
+prints a short table last.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,18 +59,15 @@ def run(item: Item, scratch: Path, out: Path, limit: float) -> dict[str, Any]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=common.ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            code: int | str = subprocess.run(
-                command,
-                cwd=common.ROOT,
-                env=env,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-                check=False,
-            ).returncode
+            code: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = f"stopped after {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: its children hold the GPU too
+            process.wait()
         output.seek(0)
         said = output.read()
     with (out / "h200.log").open("a") as log:
