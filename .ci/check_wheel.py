@@ -6,6 +6,7 @@ empty one sees them through a .pth file, ciuic-compile itself only through the w
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -37,8 +38,29 @@ def run(*command: object, cwd: Path = ROOT) -> None:
 
 
 def build(out: Path) -> Path:
-    """Build the wheel into ``out``, with the setuptools that is here (no network needed)."""
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out)
+    """Build the wheel into ``out``, with the setuptools that is here (no network needed).
+
+    From a copy: in the checkout, setuptools would put modules that were deleted since back from ``build/``.
+    """
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "ciuic"
+        shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(out),
+            str(source),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
     (wheel,) = out.glob("*.whl")
     return wheel
 

@@ -125,16 +125,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{needed} is not installed")
     if tuple(int(n) for n in metadata.version("setuptools").split(".")[:1]) < (77,):
         pytest.skip("setuptools is older than 77")
-    source = tmp_path_factory.mktemp("source") / "ciuic"  # a copy, so that nothing is built in the checkout
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache"
-    )
-    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*.whl")
+    path: Path = load_check_wheel().build(tmp_path_factory.mktemp("wheel"))
     return path
 
 
