@@ -32,7 +32,7 @@ class Setting:
 
 
 # a CPU with 2 cores: about a minute a run; a GPU: 25 million parameters and up
-CPU = Setting(TransformerConfig(4, 192, 6, 6, 768, text.VOCAB, 128, 8), steps=80, rate=2e-3)
+CPU = Setting(TransformerConfig(4, 192, 6, 6, 768, text.VOCAB, 128, 8), steps=250, rate=2e-3)
 GPU = Setting(
     TransformerConfig(8, 512, 8, 8, 2048, text.VOCAB, 1024, 32), steps=400, precision="autocast", warmup=100
 )
