@@ -35,7 +35,9 @@ class AccumulateEmbedding:
         for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
             if self.declines(node) is None:
                 _replace(graph, node)
-                notes.append(f"{node.name}: gradient of an embedding summed {ops.COLUMN_CHUNKS} times a sixteenth at a time")
+                notes.append(
+                    f"{node.name}: gradient of an embedding summed {ops.COLUMN_CHUNKS} times a sixteenth at a time"
+                )
         return PassResult(bool(notes), tuple(notes))
 
     def declines(self, node: fx.Node) -> str | None:
@@ -52,7 +54,9 @@ class AccumulateEmbedding:
         users = list(node.users)
         if len(users) != 1 or users[0].target is not torch.ops.prims.convert_element_type.default:
             return "the accumulator itself is read"
-        return None if users[0].meta["val"].dtype.itemsize < value.dtype.itemsize else "the gradient is as wide"
+        return (
+            None if users[0].meta["val"].dtype.itemsize < value.dtype.itemsize else "the gradient is as wide"
+        )
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:

@@ -134,7 +134,11 @@ def from_groups(values: Tensor, numel: int | torch.SymInt, group_size: int) -> T
 
 
 def dequantize_groups(
-    codes: Tensor, qparams: Sequence[Tensor], numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec
+    codes: Tensor,
+    qparams: Sequence[Tensor],
+    numel: int | torch.SymInt,
+    dtype: torch.dtype,
+    codec: IntGroupCodec,
 ) -> Tensor:
     """The first ``numel`` values of int32 ``codes`` [groups, ...], flat, in ``dtype``.
 
@@ -149,4 +153,6 @@ def dequantize_groups(
         values = dequantize(codes, scale, offset[0] if offset else None, codec.levels, dtype)
         return from_groups(values, numel, size)
     scale, *offset = (from_groups(q[:, None].expand(-1, size).contiguous(), numel, size) for q in qparams)
-    return dequantize(from_groups(codes, numel, size), scale, offset[0] if offset else None, codec.levels, dtype)
+    return dequantize(
+        from_groups(codes, numel, size), scale, offset[0] if offset else None, codec.levels, dtype
+    )

@@ -127,8 +127,17 @@ def _may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy:
         return not is_reduction(node)
     value = tensor(node)
     if lossy and value is not None and not value.dtype.is_floating_point:
-        return False
+        # A mask of lossy values would be another mask; what integers alone determine comes out the same.
+        if not all(
+            compat.is_symbolic(i) or _is_integer(i) or i in classes.exact for i in node.all_input_nodes
+        ):
+            return False
     return not is_reduction(node) and node not in skips
+
+
+def _is_integer(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and not value.dtype.is_floating_point and not value.dtype.is_complex
 
 
 def _skip_sources(captured: CapturedGraph) -> set[fx.Node]:
