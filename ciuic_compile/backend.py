@@ -27,7 +27,7 @@ _CUDA_PATCHES: dict[str, Any] = {
     "allow_buffer_reuse": False,
     # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them ourselves.
     "reorder_for_peak_memory": False,
-    # stores a value of more than 30 operations that is read twice; a decode has about 36, and fuses for free.
+    # stores a value of more than 30 operations that is read twice; a decode has about 36 and fuses.
     "realize_opcount_threshold": 60,
 }
 _plans: list[Plan] = []

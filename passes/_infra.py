@@ -101,19 +101,26 @@ def verify(graphs: Graphs) -> None:
     graphs.backward.graph.lint()
     outputs = graphs.forward_outputs()[graphs.num_fwd_outputs :]
     sent = [n for n in outputs if isinstance(n, fx.Node) and _is_tensor(n)]
-    received = [n for n in graphs.backward.graph.find_nodes(op="placeholder") if _is_tensor(n)][: len(sent)]
+    tensors = [n for n in graphs.backward.graph.find_nodes(op="placeholder") if _is_tensor(n)]
+    received, rest = tensors[: len(sent)], tensors[len(sent) :]
     if len(received) < len(sent) or not all(map(_same_value, sent, received)):
         pairs = zip(sent, [*received, *[None] * len(sent)], strict=False)
         wrong = next((a, b) for a, b in pairs if b is None or not _same_value(a, b))
         raise VerificationError(
             f"saved tensors and backward inputs differ in order or names: {wrong[0]} arrives as {wrong[1]}"
         )
+    for placeholder in rest:
+        if "tangents" not in placeholder.name and not placeholder.name.startswith("bwd_"):
+            raise VerificationError(f"the backward expects {placeholder}, which the forward does not save")
     for node, placeholder in zip(sent, received, strict=True):
-        here, there = node.meta["val"], placeholder.meta["val"]
-        if here.dtype != there.dtype or tuple(map(str, here.shape)) != tuple(map(str, there.shape)):
-            raise VerificationError(
-                f"{node.name} leaves the forward as {here.dtype} but enters the backward as {there.dtype}"
-            )
+        here, there = _describe(node), _describe(placeholder)
+        if here != there:
+            raise VerificationError(f"{node.name} leaves the forward as {here} but arrives as {there}")
+
+
+def _describe(node: fx.Node) -> str:
+    value: torch.Tensor = node.meta["val"]
+    return f"{value.dtype} {tuple(value.shape)}"
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -36,7 +36,7 @@ class AccumulateEmbedding:
             if self.declines(node) is None:
                 _replace(graph, node)
                 notes.append(
-                    f"{node.name}: gradient of an embedding summed {ops.COLUMN_CHUNKS} times a sixteenth at a time"
+                    f"{node.name}: gradient of an embedding summed in {ops.COLUMN_CHUNKS} column chunks"
                 )
         return PassResult(bool(notes), tuple(notes))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
-from ciuic_compile.passes import Graphs, markers
+from ciuic_compile.passes import Graphs, Pass, markers, run_pipeline
 from tests.stages import Stage, stage
 
 CODECS = ("int8_group64", "int4_group64_affine", "int4_group64")
@@ -72,3 +75,9 @@ def saved_names(graphs: Graphs) -> list[str]:
 def received_names(graphs: Graphs) -> list[str]:
     """The backward's inputs."""
     return [n.name for n in graphs.backward.graph.find_nodes(op="placeholder")]
+
+
+def rewrite(graphs: Graphs, passes: Sequence[Pass], observe: Any = None) -> tuple[str, ...]:
+    """Run the pipeline as AOTAutograd runs a partitioner: with the Python dispatcher on."""
+    with enable_python_dispatcher():
+        return run_pipeline(graphs, passes, observe)
