@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import fx
 
+from ciuic_compile import compat
 from ciuic_compile.errors import CiuicError, PassError, VerificationError
 
 log = logging.getLogger("ciuic_compile.passes")
@@ -133,7 +134,14 @@ def _same_value(sent: fx.Node, received: fx.Node) -> bool:
 
 
 def last_use(node: fx.Node) -> fx.Node:
-    """The latest node, in graph order, that reads ``node`` (the output node excepted), or itself."""
+    """The latest node, in graph order, that reads ``node`` or a view of it (the output excepted), or itself."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    users = [u for u in node.users if u.op != "output"]
-    return max(users, key=order.__getitem__, default=node)
+    latest, stack = node, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                continue
+            latest = max(latest, user, key=order.__getitem__)
+            if compat.is_view(user):
+                stack.append(user)
+    return latest

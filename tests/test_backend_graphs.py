@@ -18,6 +18,7 @@ from ciuic_compile.types import Action
 from tests.training import (
     Lambda,
     compiled,
+    convnet,
     errors,
     interpreted,
     kernel_cache,
@@ -328,6 +329,15 @@ def test_parameters_are_never_lossy() -> None:
     shapes = [d.storage.shape for d in ours.plans[0].decisions if d.codec]
     assert (64, 64) not in shapes and shapes
     assert not any(d.storage.name.startswith("primals") for d in ours.plans[0].decisions)
+
+
+@pytest.mark.parametrize("mode", ["lossless", "4:1", "6:1"])
+def test_pooling_keeps_its_int8_offsets(mode: str) -> None:
+    """Indices are rebuilt from the offsets that Inductor saves, not saved at eight times the size."""
+    images = torch.randn(4, 3, 16, 16).requires_grad_()
+    ours = step(convnet(), [images], mode)
+    dtypes = {d.storage.dtype for d in ours.plans[0].decisions if d.saved_bytes}
+    assert "int8" in dtypes and "int64" not in dtypes
 
 
 #: Their derivatives blow up near zero: a small error in what is saved is a big one there.

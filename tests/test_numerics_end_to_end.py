@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,19 +103,21 @@ def mlp_like(model: nn.Module) -> nn.Module:
 
 
 def test_autocast_bfloat16() -> None:
+    """As :func:`test_half_precision`: around the float64 gradients, autocast's own rounding is the yardstick."""
     torch.manual_seed(0)
 
     def forward(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
             h = torch.nn.functional.gelu(layers[0](x))
             return layers[2](torch.nn.functional.layer_norm(layers[1](h), (64,)))
 
     model = Lambda(forward)
-    exact, theirs = step(model, [rows()], "eager"), step(model, [rows()], "inductor")
+    exact = step(copy.deepcopy(model).double(), [rows().double()], "eager")
+    theirs = step(model, [rows()], "inductor")
     for mode in ("lossless", "6:1"):
         ours = step(model, [rows()], mode)
         assert torch.equal(ours.outputs[0], theirs.outputs[0])
         assert all(g.dtype == torch.float32 for g in ours.gradients.values())
         there, here = errors(exact, theirs), errors(exact, ours)
-        assert all(here[n] <= 1.5 * there[n] + max(ours.bound, 4e-3) for n in there)
+        assert all(here[n] <= 1.5 * there[n] + ours.bound for n in there), (there, here)
         assert ours.saved.nbytes == ours.planned_saved_bytes
