@@ -25,7 +25,7 @@ _CUDA_PATCHES: dict[str, Any] = {
     # keeps a dead buffer until a later one of its size takes its place, across layers: 688 MiB of a 3.1 GiB
     # peak. The caching allocator reuses at once.
     "allow_buffer_reuse": False,
-    # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them ourselves.
+    # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them.
     "reorder_for_peak_memory": False,
     # stores a value of more than 30 operations that is read twice; a decode has about 36 and fuses.
     "realize_opcount_threshold": 60,

@@ -134,7 +134,7 @@ def _same_value(sent: fx.Node, received: fx.Node) -> bool:
 
 
 def last_use(node: fx.Node) -> fx.Node:
-    """The latest node, in graph order, that reads ``node`` or a view of it (the output excepted), or itself."""
+    """The latest node, in graph order, that reads ``node`` or a view of it (but the output), or itself."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     latest, stack = node, [node]
     while stack:

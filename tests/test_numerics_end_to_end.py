@@ -103,7 +103,7 @@ def mlp_like(model: nn.Module) -> nn.Module:
 
 
 def test_autocast_bfloat16() -> None:
-    """As :func:`test_half_precision`: around the float64 gradients, autocast's own rounding is the yardstick."""
+    """As :func:`test_half_precision`: autocast's own rounding is the yardstick."""
     torch.manual_seed(0)
 
     def forward(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
