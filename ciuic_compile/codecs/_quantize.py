@@ -7,6 +7,7 @@ and reductions; ``_triton.py`` holds the same arithmetic, equal bit for bit.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,6 +18,9 @@ SCALE_FLOOR = 2.0**-125
 """Smallest stored scale; half of it is still a normal float32. Values well below it become 0."""
 
 BF16_MAX = 3.3895313892515355e38
+JUST_BELOW_2 = 2.0 - 2.0**-20
+"""Twice the share that one step has of the room above an offset: not so much that roundings overflow."""
+
 INF = float("inf")
 NAN = float("nan")
 
@@ -43,11 +47,27 @@ class Levels:
             half = 2 ** (bits - 1)
             return Levels(half, half - 1, half - 2, nan=0, pos_inf=2 * half - 1, neg_inf=1)
         top = 2**bits - 1
-        return Levels(0, top, top - 3, nan=top, pos_inf=top - 1, neg_inf=top - 2)
+        return Levels(0, top, top - 3, nan=top - 1, pos_inf=top, neg_inf=top - 2)
+
+
+def largest_scale(dtype: torch.dtype, top: int) -> float:
+    """Largest bfloat16 scale whose ``top`` steps stay finite in ``dtype``, so that decoding need not clamp.
+
+    A value that it cuts off is less than a step from the largest of ``dtype``. float16 has no bound: there it
+    would cut off more, so decoding to float16 clamps.
+    """
+    (bits,) = struct.unpack("<I", struct.pack("<f", decode_limit(dtype) / top))
+    (scale,) = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
+    return float(scale)
+
+
+def decode_limit(dtype: torch.dtype) -> float:
+    """Largest magnitude that decoding may produce for data of ``dtype`` before it rounds to ``dtype``."""
+    return float(torch.finfo(torch.float32 if dtype == torch.float16 else dtype).max)
 
 
 def round_up_bf16(x: Tensor) -> Tensor:
-    """Smallest bfloat16 value >= ``x``, as float32; ``x`` positive float32 below BF16_MAX."""
+    """Smallest bfloat16 value >= ``x``, as float32; ``x`` not negative, float32, below BF16_MAX."""
     return ((x.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
@@ -71,6 +91,7 @@ def quantize(
         int32 codes [groups, k] for each part, the scale and (affine) the offset, bfloat16 [groups].
         The scale is negative in a group that holds a NaN or an Inf.
     """
+    dtype = parts[0].dtype
     parts = tuple(p.to(torch.float32) for p in parts)
     finite = tuple(p.abs() < INF for p in parts)
     special = ~reduce(torch.logical_and, finite).all(1)
@@ -79,6 +100,9 @@ def quantize(
         magnitude = (torch.where(f, p.abs(), 0.0) for f, p in zip(finite, parts, strict=True))
         amax = reduce(torch.maximum, magnitude).amax(1)
         raw = torch.where(special, amax * (1.0 / levels.special_top), amax * (1.0 / levels.top))
+        bound = torch.where(
+            special, largest_scale(dtype, levels.special_top), largest_scale(dtype, levels.top)
+        )
         offset = None
     else:
         low = (torch.where(f, p, INF) for f, p in zip(finite, parts, strict=True))
@@ -89,7 +113,10 @@ def quantize(
         # Halves: max - min of a group may exceed the largest float32.
         half = 0.5 * torch.where(empty, 0.0, largest) - 0.5 * offset
         raw = torch.where(special, half * (2.0 / levels.special_top), half * (2.0 / levels.top))
-    scale = round_up_bf16(raw.clamp_min(SCALE_FLOOR))
+        room = 0.5 * decode_limit(dtype) - 0.5 * offset
+        share = torch.where(special, JUST_BELOW_2 / levels.special_top, JUST_BELOW_2 / levels.top)
+        bound = round_down_bf16(room * share)
+    scale = torch.minimum(round_up_bf16(raw), bound).clamp_min(SCALE_FLOOR)
     inverse = torch.reciprocal(scale)
     codes = []
     for part, is_finite in zip(parts, finite, strict=True):
@@ -110,17 +137,21 @@ def quantize(
 def dequantize(
     code: Tensor, scale: Tensor, offset: Tensor | None, levels: Levels, dtype: torch.dtype
 ) -> Tensor:
-    """Values of int32 ``code`` in ``dtype``; bfloat16 ``scale`` and ``offset`` broadcast against it."""
+    """Values of int32 ``code`` in ``dtype``; bfloat16 ``scale`` and ``offset`` broadcast against it.
+
+    Inductor fuses this into what reads it, once for every element, so each operation counts
+    (docs/numerics-codecs.md): encode bounds the scale, so that no clamp is needed but for float16.
+    """
     signed = scale.to(torch.float32)
     step = signed.abs()
     q = (code - levels.bias).to(torch.float32)
-    limit = torch.finfo(dtype).max
     if offset is None:
-        v = (q * step).clamp_min(-limit).clamp_max(limit)
+        infinite = (signed < 0.0) & (q.abs() > levels.special_top)
+        v = torch.where(q < -levels.top, NAN, q * torch.where(infinite, INF, step))
     else:
         half = q * (step * 0.5) + offset.to(torch.float32) * 0.5
-        v = half.clamp_min(-0.5 * limit).clamp_max(0.5 * limit) * 2.0
-    special = signed < 0.0
-    v = torch.where(special & (code == levels.pos_inf), INF, v)
-    v = torch.where(special & (code == levels.neg_inf), -INF, v)
-    return torch.where(special & (code == levels.nan), NAN, v).to(dtype)
+        v = torch.where((signed < 0.0) & (q > levels.special_top), (q - levels.nan) * INF, half + half)
+    if dtype == torch.float16:
+        top = torch.finfo(dtype).max
+        v = torch.where(v.abs() < INF, v.clamp(-top, top), v)
+    return v.to(dtype)

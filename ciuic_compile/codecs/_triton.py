@@ -19,7 +19,10 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
+from ciuic_compile.codecs._quantize import Levels, largest_scale
+
 SCALE_FLOOR: tl.constexpr = tl.constexpr(2.0**-125)
+JUST_BELOW_2: tl.constexpr = tl.constexpr(2.0 - 2.0**-20)
 BF16_MAX: tl.constexpr = tl.constexpr(3.3895313892515355e38)
 ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integer, ties to even
 # Triton 3.6's interpreter truncates to bfloat16 and flushes its subnormals; there we convert by hand.
@@ -96,24 +99,38 @@ def round_down_bf16(x):
 
 
 @triton.jit
-def symmetric_scale(amax, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):
+def symmetric_scale(
+    amax,
+    special,
+    TOP: tl.constexpr,
+    SPECIAL_TOP: tl.constexpr,
+    BOUND: tl.constexpr,
+    SPECIAL_BOUND: tl.constexpr,
+):
     """Scale from the largest finite magnitude of each group."""
     raw = tl.where(special, amax * (1.0 / SPECIAL_TOP), amax * (1.0 / TOP))
-    return round_up_bf16(tl.maximum(raw, SCALE_FLOOR))
+    bound = tl.where(special, SPECIAL_BOUND, BOUND)
+    return tl.maximum(tl.minimum(round_up_bf16(raw), bound), SCALE_FLOOR)
 
 
 @triton.jit
-def affine_scale(smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr):
+def affine_scale(
+    smallest, largest, special, TOP: tl.constexpr, SPECIAL_TOP: tl.constexpr, LIMIT: tl.constexpr
+):
     """Scale and offset from the finite extremes of each group."""
     offset = round_down_bf16(smallest)
     half = 0.5 * largest - 0.5 * offset
     raw = tl.where(special, half * (2.0 / SPECIAL_TOP), half * (2.0 / TOP))
-    return round_up_bf16(tl.maximum(raw, SCALE_FLOOR)), offset
+    room = 0.5 * LIMIT - 0.5 * offset
+    bound = round_down_bf16(
+        tl.where(special, room * (JUST_BELOW_2 / SPECIAL_TOP), room * (JUST_BELOW_2 / TOP))
+    )
+    return tl.maximum(tl.minimum(round_up_bf16(raw), bound), SCALE_FLOOR), offset
 
 
 @triton.jit
 def round_code(v, top, BIAS: tl.constexpr):
-    """int32 whose low bits are round(min(v, top)) + BIAS in two's complement, for |v| <= 127."""
+    """int32 whose low bits are round(min(v, top)) + BIAS in two's complement, for v >= -(top + 0.49)."""
     return (tl.minimum(v, top[:, None]) + (ROUNDER + BIAS)).to(tl.int32, bitcast=True)
 
 
@@ -134,17 +151,16 @@ def special_value(v, code, special, NAN: tl.constexpr, POS: tl.constexpr, NEG: t
 
 
 @triton.jit
-def symmetric_value(code, scale, LIMIT: tl.constexpr, BIAS: tl.constexpr):
-    """Clamped values of symmetric codes."""
-    v = (code - BIAS).to(tl.float32) * tl.abs(scale)[:, None]
-    return tl.minimum(tl.maximum(v, -LIMIT), LIMIT)
+def affine_value(code, scale, offset):
+    """Values of affine codes, by way of halves so that nothing overflows on the way."""
+    half = code.to(tl.float32) * (tl.abs(scale) * 0.5)[:, None] + (offset * 0.5)[:, None]
+    return half + half
 
 
 @triton.jit
-def affine_value(code, scale, offset, LIMIT: tl.constexpr):
-    """Clamped values of affine codes, by way of halves so that nothing overflows on the way."""
-    half = code.to(tl.float32) * (tl.abs(scale) * 0.5)[:, None] + (offset * 0.5)[:, None]
-    return tl.minimum(tl.maximum(half, -0.5 * LIMIT), 0.5 * LIMIT) * 2.0
+def clamp_finite(v, LIMIT: tl.constexpr):
+    """``v`` with its finite values clamped to +-LIMIT."""
+    return tl.where(tl.abs(v) < float("inf"), tl.minimum(tl.maximum(v, -LIMIT), LIMIT), v)
 
 
 INTERPRETED: bool = isinstance(has_special, InterpretedFunction)
@@ -159,6 +175,19 @@ the measurement behind both. Nothing is autotuned."""
 def block_groups(tile: int, dtype: torch.dtype, group_size: int) -> int:
     """Groups of ``dtype`` elements that fill ``tile`` bytes; a power of two."""
     return max(1, tile // (dtype.itemsize * group_size))
+
+
+def scale_bounds(levels: Levels, dtype: torch.dtype) -> dict[str, float]:
+    """The constexprs of a symmetric encoder for data of ``dtype``."""
+    return {
+        "BOUND": largest_scale(dtype, levels.top),
+        "SPECIAL_BOUND": largest_scale(dtype, levels.special_top),
+    }
+
+
+def clamp_limit(dtype: torch.dtype) -> float:
+    """What a decoder clamps to: only float16 needs it, see :func:`largest_scale`."""
+    return float(torch.finfo(torch.float16 if dtype == torch.float16 else torch.float32).max)
 
 
 def launch(kernel: Any, programs: int | torch.SymInt, *args: Any, **constexprs: Any) -> None:

@@ -75,7 +75,7 @@ class Codec(ABC):
         """Decode into a new contiguous tensor of ``shape`` and ``dtype``.
 
         ``shape`` must hold as many elements as were encoded; ``dtype`` may differ from the encoded
-        one (values beyond its range clamp to its largest finite value).
+        one (values beyond float16's range clamp to its largest; beyond bfloat16's they become Inf).
 
         Raises:
             OptionError: as ``encode``.

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ciuic_compile.codecs import _triton as core
 from ciuic_compile.codecs._group import IntGroupCodec, group_count
+from ciuic_compile.codecs._quantize import decode_limit
 from ciuic_compile.codecs._triton import (
     affine_scale,
     affine_value,
+    clamp_finite,
     finite_or,
     has_special,
     load_groups,
@@ -25,7 +27,6 @@ from ciuic_compile.codecs._triton import (
     special_value,
     store_groups,
     symmetric_scale,
-    symmetric_value,
     widen,
 )
 from ciuic_compile.codecs.base import Encoded
@@ -33,7 +34,15 @@ from ciuic_compile.codecs.base import Encoded
 
 @triton.jit
 def encode_symmetric_kernel(
-    x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    payload_ptr,
+    scale_ptr,
+    numel,
+    groups,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BOUND: tl.constexpr,
+    SPECIAL_BOUND: tl.constexpr,
 ):
     """Quantize BLOCK groups of G floats: packed payload and bfloat16 scales."""
     H: tl.constexpr = G // 2
@@ -51,7 +60,7 @@ def encode_symmetric_kernel(
         f0 = finite_or(x0, 0.0)
         f1 = finite_or(x1, 0.0)
         amax = tl.max(tl.maximum(tl.abs(f0), tl.abs(f1)), 1)
-    scale = symmetric_scale(amax, special, 7, 6)
+    scale = symmetric_scale(amax, special, 7, 6, BOUND, SPECIAL_BOUND)
     inverse = tl.math.div_rn(1.0, scale)[:, None]
     top = tl.where(special, 6.0, 7.0)
     code0 = round_code(f0 * inverse, top, 8)
@@ -66,7 +75,15 @@ def encode_symmetric_kernel(
 
 @triton.jit
 def encode_affine_kernel(
-    x_ptr, payload_ptr, scale_ptr, offset_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    payload_ptr,
+    scale_ptr,
+    offset_ptr,
+    numel,
+    groups,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     """Quantize BLOCK groups of G floats: packed payload, bfloat16 scales and offsets."""
     H: tl.constexpr = G // 2
@@ -90,7 +107,7 @@ def encode_affine_kernel(
     else:
         smallest = tl.min(tl.minimum(x0, x1), 1)
         largest = tl.max(tl.maximum(x0, x1), 1)
-    scale, offset = affine_scale(smallest, largest, special, 15, 12)
+    scale, offset = affine_scale(smallest, largest, special, 15, 12, LIMIT)
     inverse = 2.0 * tl.math.div_rn(1.0, scale)[:, None]
     half = 0.5 * offset[:, None]
     top = tl.where(special, 12.0, 15.0)
@@ -102,8 +119,8 @@ def encode_affine_kernel(
     code0 = round_code(v0, top, 0)
     code1 = round_code(v1, top, 0)
     if any_special:
-        code0 = special_code(x0, code0, 15, 14, 13)
-        code1 = special_code(x1, code1, 15, 14, 13)
+        code0 = special_code(x0, code0, 14, 15, 13)
+        code1 = special_code(x1, code1, 14, 15, 13)
     packed = ((code0 & 15) | (code1 << 4)).to(tl.uint8)
     tl.store(payload_ptr + (row[:, None] * H + column), packed, mask=(row < groups)[:, None])
     tl.store(scale_ptr + row, narrow(tl.where(special, -scale, scale), tl.bfloat16), mask=row < groups)
@@ -126,8 +143,11 @@ def decode_symmetric_kernel(
     special = scale < 0.0
     careful = special | (tl.abs(scale) * 7.0 > LIMIT)
     if tl.max(careful.to(tl.int32), 0) > 0:
-        v0 = special_value(symmetric_value(code0, scale, LIMIT, 8), code0, special, 0, 15, 1)
-        v1 = special_value(symmetric_value(code1, scale, LIMIT, 8), code1, special, 0, 15, 1)
+        step = tl.abs(scale)[:, None]
+        v0 = clamp_finite((code0 - 8).to(tl.float32) * step, LIMIT)
+        v1 = clamp_finite((code1 - 8).to(tl.float32) * step, LIMIT)
+        v0 = special_value(v0, code0, special, 0, 15, 1)
+        v1 = special_value(v1, code1, special, 0, 15, 1)
     else:
         v0 = (code0 - 8).to(tl.float32) * scale[:, None]
         v1 = (code1 - 8).to(tl.float32) * scale[:, None]
@@ -159,10 +179,13 @@ def decode_affine_kernel(
     code0 = (packed & 15).to(tl.int32)
     code1 = (packed >> 4).to(tl.int32)
     special = scale < 0.0
-    careful = special | (tl.abs(scale) * 15.0 + tl.abs(offset) > LIMIT)
+    # half of float32's range: beyond it, only the way by halves cannot overflow
+    careful = special | (tl.abs(scale) * 15.0 + tl.abs(offset) > 0.5 * LIMIT)
     if tl.max(careful.to(tl.int32), 0) > 0:
-        v0 = special_value(affine_value(code0, scale, offset, LIMIT), code0, special, 15, 14, 13)
-        v1 = special_value(affine_value(code1, scale, offset, LIMIT), code1, special, 15, 14, 13)
+        v0 = clamp_finite(affine_value(code0, scale, offset), LIMIT)
+        v1 = clamp_finite(affine_value(code1, scale, offset), LIMIT)
+        v0 = special_value(v0, code0, special, 14, 15, 13)
+        v1 = special_value(v1, code1, special, 14, 15, 13)
     else:
         v0 = code0.to(tl.float32) * scale[:, None] + offset[:, None]
         v1 = code1.to(tl.float32) * scale[:, None] + offset[:, None]
@@ -183,7 +206,14 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
     encoded = (payload, *qparams)
     kernel = encode_symmetric_kernel if codec.symmetric else encode_affine_kernel
     block = core.block_groups(core.ENCODE_TILE, flat.dtype, size)
-    core.launch(kernel, group_count(groups, block), flat, *encoded, numel, groups, G=size, BLOCK=block)
+    bounds = (
+        core.scale_bounds(codec.levels, flat.dtype)
+        if codec.symmetric
+        else {"LIMIT": decode_limit(flat.dtype)}
+    )
+    core.launch(
+        kernel, group_count(groups, block), flat, *encoded, numel, groups, G=size, BLOCK=block, **bounds
+    )
     return encoded
 
 
@@ -192,7 +222,7 @@ def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, code
     out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
     groups, size = encoded[0].shape[0], codec.group_size
     kernel = decode_symmetric_kernel if codec.symmetric else decode_affine_kernel
-    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), torch.finfo(dtype).max
+    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), core.clamp_limit(dtype)
     programs = group_count(groups, block)
     core.launch(kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out

@@ -11,6 +11,7 @@ from torch import Tensor
 from ciuic_compile.codecs import _triton as core
 from ciuic_compile.codecs._group import IntGroupCodec, group_count
 from ciuic_compile.codecs._triton import (
+    clamp_finite,
     finite_or,
     has_special,
     load_groups,
@@ -20,14 +21,23 @@ from ciuic_compile.codecs._triton import (
     special_value,
     store_groups,
     symmetric_scale,
-    symmetric_value,
     widen,
 )
 from ciuic_compile.codecs.base import Encoded
 
 
 @triton.jit
-def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr, BLOCK: tl.constexpr):
+def encode_kernel(
+    x_ptr,
+    payload_ptr,
+    scale_ptr,
+    numel,
+    groups,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BOUND: tl.constexpr,
+    SPECIAL_BOUND: tl.constexpr,
+):
     """Quantize BLOCK groups of G floats: int8 payload and bfloat16 scales."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = first + tl.arange(0, BLOCK)
@@ -40,9 +50,10 @@ def encode_kernel(x_ptr, payload_ptr, scale_ptr, numel, groups, G: tl.constexpr,
     if any_special:
         finite = finite_or(x, 0.0)
         amax = tl.max(tl.abs(finite), 1)
-    scale = symmetric_scale(amax, special, 127, 126)
+    scale = symmetric_scale(amax, special, 127, 126, BOUND, SPECIAL_BOUND)
     top = tl.where(special, 126.0, 127.0)
-    code = round_code(finite * tl.math.div_rn(1.0, scale)[:, None], top, 0)
+    v = finite * tl.math.div_rn(1.0, scale)[:, None]
+    code = round_code(tl.maximum(v, -top[:, None]), top, 0)  # where a bounded scale cuts off half a step
     if any_special:
         code = special_code(x, code, -128, 127, -127)
     tl.store(payload_ptr + offsets, code.to(tl.int8), mask=(row < groups)[:, None])
@@ -62,7 +73,7 @@ def decode_kernel(
     special = scale < 0.0
     careful = special | (tl.abs(scale) * 127.0 > LIMIT)
     if tl.max(careful.to(tl.int32), 0) > 0:
-        v = symmetric_value(code.to(tl.int32), scale, LIMIT, 0)
+        v = clamp_finite(code.to(tl.float32) * tl.abs(scale)[:, None], LIMIT)
         v = special_value(v, code.to(tl.int32), special, -128, 127, -127)
     else:
         v = code.to(tl.float32) * scale[:, None]
@@ -77,7 +88,8 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
     scale = torch.empty((groups,), dtype=torch.bfloat16, device=flat.device)
     block = core.block_groups(core.ENCODE_TILE, flat.dtype, size)
     programs = group_count(groups, block)
-    core.launch(encode_kernel, programs, flat, payload, scale, numel, groups, G=size, BLOCK=block)
+    bounds = core.scale_bounds(codec.levels, flat.dtype)
+    core.launch(encode_kernel, programs, flat, payload, scale, numel, groups, G=size, BLOCK=block, **bounds)
     return payload, scale
 
 
@@ -85,7 +97,7 @@ def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, code
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     out = torch.empty((numel,), dtype=dtype, device=encoded[0].device)
     groups, size = encoded[0].shape[0], codec.group_size
-    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), torch.finfo(dtype).max
+    block, limit = core.block_groups(core.DECODE_TILE, dtype, size), core.clamp_limit(dtype)
     programs = group_count(groups, block)
     core.launch(decode_kernel, programs, *encoded, out, numel, groups, G=size, BLOCK=block, LIMIT=limit)
     return out
