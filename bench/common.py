@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -39,8 +40,9 @@ def compile_as(model: nn.Module, config: str) -> Callable[..., Tensor]:
 
     Args:
         config: "eager", "inductor", "budget-<fraction>" (torch's activation_memory_budget), "fp8" (torch's
-            fp8 activation pass; bf16 activations only), or else a mode of ciuic, e.g. "4:1". The switches of
-            torch's own are global: give each configuration a process of its own.
+            fp8 activation pass; bf16 activations only), or else a mode of ciuic, e.g. "4:1", with options after
+            it: "4:1 group_size=128". The switches of torch's own are global: give each configuration a process
+            of its own.
     """
     if config == "eager":
         return model
@@ -53,7 +55,9 @@ def compile_as(model: nn.Module, config: str) -> Callable[..., Tensor]:
 
         functorch.activation_memory_budget = float(config.removeprefix("budget-"))
     elif config != "inductor":
-        return torch.compile(model, backend="ciuic", options={"mode": config})
+        mode, *pairs = config.split()
+        options = {name: ast.literal_eval(value) for name, value in (p.split("=", 1) for p in pairs)}
+        return torch.compile(model, backend="ciuic", options={"mode": mode, **options})
     return torch.compile(model, backend="inductor")
 
 

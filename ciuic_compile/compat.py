@@ -228,7 +228,11 @@ def trace(fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]) 
 
 
 def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx.Node]) -> list[fx.Node]:
-    """Copy a traced function's nodes into ``graph`` before a node; return the nodes of its results."""
+    """Copy a traced function's nodes into ``graph`` before a node; return the nodes of its results.
+
+    Each copy gets fake values of its own: with those of the trace, Inductor would take two copies of a kernel
+    for writers of one storage, and run one of them on a clone of its (empty) output.
+    """
     environment = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     origin = {
         k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")
@@ -238,6 +242,7 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
             with graph.inserting_before(before):
                 copy = graph.node_copy(node, lambda n: environment[n])
             copy.meta.update(origin)
+            copy.meta["val"] = _own_value(copy)
             environment[node] = copy
         elif node.op not in ("placeholder", "output"):
             raise AssertionError(
@@ -246,6 +251,27 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
     (results,) = traced.output_node().args
     assert isinstance(results, (tuple, list))
     return [environment[n] for n in results if isinstance(n, fx.Node)]
+
+
+def _own_value(node: fx.Node) -> Any:
+    """A copy of a node's fake value in a storage of its own; views stay views of their input's."""
+    if is_getitem(node):
+        source, key = node.args
+        assert isinstance(source, fx.Node)
+        return source.meta["val"][key]
+    tensors = [v for v in torch.utils._pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor)]
+    if not tensors:
+        return node.meta["val"]
+    with tensors[0].fake_mode:  # type: ignore[attr-defined]
+        if is_view(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
+        return torch.utils._pytree.tree_map_only(torch.Tensor, _fresh, node.meta["val"])
+
+
+def _fresh(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def user_facing(error: Exception) -> Exception:

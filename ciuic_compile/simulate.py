@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from . import compat
+from . import compat, markers
 from .capture import owner, tensor
 from .classify import is_contraction, is_reduction
+from .fusion import read_from_memory
 
 
 def tensor_bytes(value: object) -> int:
@@ -123,6 +124,8 @@ def _is_materialized(node: fx.Node, outputs: set[fx.Node]) -> bool:
     """Whether Inductor will give this node's value a buffer of its own."""
     if node.op != "call_function" or compat.is_getitem(node) or compat.is_view(node) or _overwrites(node):
         return False
+    if markers.is_marker(node, markers.decode):
+        return read_from_memory(node)
     if node in outputs or not compat.is_fusible(node) or is_reduction(node):
         return True
     stack = [node]

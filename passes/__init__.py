@@ -10,6 +10,7 @@ from .insert_codecs import InsertCodecs
 from .lower_codecs import LowerCodecs
 from .place_decodes import PlaceDecodes
 from .place_encodes import PlaceEncodes
+from .split_decodes import SplitDecodes
 
 __all__ = [
     "AccumulateEmbedding",
@@ -20,6 +21,7 @@ __all__ = [
     "PassResult",
     "PlaceDecodes",
     "PlaceEncodes",
+    "SplitDecodes",
     "default_passes",
     "run_pipeline",
     "verify",
@@ -32,6 +34,7 @@ def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
         AccumulateEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
         InsertCodecs(codecs),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
+        SplitDecodes(),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),
         LowerCodecs(),  # last: needs the final readers to choose between kernel and fused aten
     )

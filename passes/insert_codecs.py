@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ciuic_compile import compat
+from ciuic_compile import compat, markers
 from ciuic_compile.codecs import get_codec
 
-from . import markers
 from ._infra import Graphs, PassResult
 
 

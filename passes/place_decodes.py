@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from . import markers
+from ciuic_compile import markers
+
 from ._infra import Graphs, PassResult
 
 
@@ -19,16 +20,23 @@ class PlaceDecodes:
 
     def run(self, graphs: Graphs) -> PassResult:
         graph = graphs.backward.graph
-        order = {node: i for i, node in enumerate(graph.nodes)}
         changed = False
         for call in [n for n in graph.nodes if markers.is_marker(n, markers.decode)]:
-            first = min(call.users, key=lambda n: order.get(n, -1), default=None)
-            if first is None or first.prev is call:
+            first = min(call.users, default=None)
+            if first is None or call in _decodes_right_before(first):
                 continue
             _shape_nodes_stay_above(call)
             first.prepend(call)
             changed = True
         return PassResult(changed)
+
+
+def _decodes_right_before(node: fx.Node) -> list[fx.Node]:
+    found = []
+    while markers.is_marker(node.prev, markers.decode):
+        node = node.prev
+        found.append(node)
+    return found
 
 
 def _shape_nodes_stay_above(call: fx.Node) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from . import markers
+from ciuic_compile import markers
+
 from ._infra import Graphs, PassResult, last_use
 
 

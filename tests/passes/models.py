@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
-from ciuic_compile.passes import Graphs, Pass, markers, run_pipeline
+from ciuic_compile import markers
+from ciuic_compile.passes import Graphs, Pass, run_pipeline
 from tests.stages import Stage, stage
 
 CODECS = ("int8_group64", "int4_group64_affine", "int4_group64")

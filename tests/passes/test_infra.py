@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from ciuic_compile import markers
 from ciuic_compile.errors import OptionError, PassError, VerificationError
 from ciuic_compile.passes import (
     Graphs,
@@ -18,8 +19,8 @@ from ciuic_compile.passes import (
     PassResult,
     PlaceDecodes,
     PlaceEncodes,
+    SplitDecodes,
     default_passes,
-    markers,
     verify,
 )
 from ciuic_compile.passes._infra import last_use
@@ -66,10 +67,12 @@ def test_graphs_run_and_agree_after_every_pass(dynamic: bool) -> None:
         assert seconds >= 0
         seen.append((name, got_gradients))
 
-    rewrite(graphs, default_passes(codecs), observe)
+    as_on_a_gpu = (SplitDecodes(("cpu",)), PlaceDecodes(), LowerCodecs(decode="reference", devices=("cpu",)))
+    passes = (*default_passes(codecs)[:-3], *as_on_a_gpu)
+    rewrite(graphs, passes, observe)
     names = [name for name, _ in seen]
-    assert names[-4:] == ["InsertCodecs", "PlaceEncodes", "PlaceDecodes", "LowerCodecs"]
-    after = [g for name, g in seen if name in names[-4:]]
+    assert names[-5:] == ["InsertCodecs", "PlaceEncodes", "SplitDecodes", "PlaceDecodes", "LowerCodecs"]
+    after = [g for name, g in seen if name in names[-5:]]
     assert max(differ(gradients, after[0])) > 0, "lossy codecs leave a trace"
     for later in after[1:]:
         assert differ(after[0], later) == [0.0] * len(gradients), "moving and expanding change no bit"
@@ -291,7 +294,7 @@ def test_last_use_through_a_view() -> None:
 def test_the_pipeline_has_the_order_that_its_comments_give() -> None:
     order = [type(p) for p in default_passes({})]
     assert order.index(InsertCodecs) < order.index(PlaceEncodes) < order.index(LowerCodecs)
-    assert order.index(InsertCodecs) < order.index(PlaceDecodes) < order.index(LowerCodecs)
+    assert order.index(InsertCodecs) < order.index(SplitDecodes) < order.index(PlaceDecodes)
     assert order[-1] is LowerCodecs
 
 

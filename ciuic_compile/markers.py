@@ -1,4 +1,4 @@
-"""Marker calls that stand for encode and decode until ``LowerCodecs`` expands them.
+"""Marker calls that stand for encode and decode in graphs, until the pass ``LowerCodecs`` expands them.
 
 They are real functions, so a graph is executable after every pass.
 """
