@@ -40,9 +40,8 @@ def compile_as(model: nn.Module, config: str) -> Callable[..., Tensor]:
 
     Args:
         config: "eager", "inductor", "budget-<fraction>" (torch's activation_memory_budget), "fp8" (torch's
-            fp8 activation pass; bf16 activations only), or else a mode of ciuic, e.g. "4:1", with options after
-            it: "4:1 group_size=128". The switches of torch's own are global: give each configuration a process
-            of its own.
+            fp8 activation pass; bf16 activations only), or else a mode of ciuic and options after it, e.g.
+            "4:1 group_size=128". The switches of torch's own are global: a process for each configuration.
     """
     if config == "eager":
         return model

@@ -2,7 +2,7 @@
 
 Each configuration runs in a fresh process under torch's profiler. Times are sums over a step of what the GPU
 was busy with, the median of several steps; the table is sorted by how much a kernel differs from the first
-configuration's. Kernels of one purpose have different names in different graphs, so totals by kind come first.
+configuration's. Kernels of one purpose have other names in other graphs, so totals by kind come first.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def main() -> None:
     if args.cell:
         print(json.dumps(cell(json.loads(args.cell))))
         return
-    shape = {
-        "layers": 4, "d": 4096, "heads": 32, "kv_heads": 32, "ff": 11008, "vocab": 32000, "seq": 2048, "batch": 4,
-    }  # fmt: skip
+    shape = {"layers": 4, "d": 4096, "heads": 32, "kv_heads": 32, "ff": 11008, "vocab": 32000}
+    shape |= {"seq": 2048, "batch": 4}
     specs = [
         {
             "model": args.model,
