@@ -27,10 +27,6 @@ _CUDA_PATCHES: dict[str, Any] = {
     "allow_buffer_reuse": False,
     # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them.
     "reorder_for_peak_memory": False,
-    # stores, in float32, a value of more than 30 operations or 4 reads that is read twice: what a decode and
-    # a few more come to. Fused, it costs nothing; stored, the norms' backward took twice its time.
-    "realize_opcount_threshold": 60,
-    "realize_reads_threshold": 6,
 }
 _plans: list[Plan] = []
 _counter = itertools.count()

@@ -33,11 +33,17 @@ def read_from_memory(node: fx.Node) -> bool:
     return any(reader.op == "output" or is_external(reader) for reader in readers(node))
 
 
-def reaches_reduction(node: fx.Node) -> bool:
-    """Whether a reduction will read the value in the kernel that computes it.
+def decoded_to_memory(call: fx.Node) -> bool:
+    """Whether a decode is best stored: an external operation reads it, or a reduction.
 
-    Followed through elementwise operations whose own results need not be in memory.
+    A row reduction that decodes as it reads shuffles the scales between its threads: the backward of an
+    RMSNorm over [8192, 4096] took 0.27 ms on an H200 instead of 0.09, a decode kernel takes 0.03.
     """
+    return read_from_memory(call) or reaches_reduction(call)
+
+
+def reaches_reduction(node: fx.Node) -> bool:
+    """Whether a reduction will read the value, or what elementwise operations make of it on the way."""
     stack, seen = [node], {node}
     while stack:
         for reader in readers(stack.pop()):

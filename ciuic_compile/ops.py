@@ -5,34 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COLUMN_CHUNKS = 16
-
 
 @torch.library.custom_op("ciuic::embedding_gradient", mutates_args=())
-def embedding_gradient(values: Tensor, indices: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of an embedding table: row ``indices[i]`` collects ``values[i]``, summed in float32.
+def embedding_gradient(gradient: Tensor, indices: Tensor, rows: int) -> Tensor:
+    """Gradient of an embedding table by torch's own kernel, which Inductor decomposes away.
 
     Args:
-        values: float32 [..., d], one row an index.
-        indices: integers [...]; negative ones count from the end, as in ``index_put``.
+        gradient: [..., d] of the table's dtype, one row an index.
+        indices: integers [...]; negative ones count from the end, as in ``index_put``; others clamp
+            (their gradients are zero: torch masks them).
         rows: rows of the table.
-        dtype: of the result.
 
     Returns:
-        [rows, d] of ``dtype``, rounded once. Scratch: float32 [rows, d / 16].
+        [rows, d]: row ``i`` is the sum, in float32, of the gradients whose index is ``i``, rounded once.
+        Scratch: the sorted indices.
     """
-    flat = values.reshape(-1, values.shape[-1])
-    where = indices.reshape(-1)
-    where = torch.where(where < 0, where + rows, where)
-    result = torch.empty(rows, flat.shape[1], dtype=dtype, device=values.device)
-    step = -(-flat.shape[1] // COLUMN_CHUNKS)
-    for start in range(0, flat.shape[1], step):
-        columns = flat[:, start : start + step]
-        total = torch.zeros(rows, columns.shape[1], dtype=torch.float32, device=values.device)
-        result[:, start : start + step] = total.index_add_(0, where, columns.to(torch.float32))
+    where = torch.where(indices < 0, indices + rows, indices).clamp(0, rows - 1)
+    result: Tensor = torch.ops.aten.embedding_dense_backward.default(gradient, where, rows, -1, False)
     return result
 
 
 @embedding_gradient.register_fake
-def _(values: Tensor, indices: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    return values.new_empty((rows, values.shape[-1]), dtype=dtype)
+def _(gradient: Tensor, indices: Tensor, rows: int) -> Tensor:
+    return gradient.new_empty((rows, gradient.shape[-1]))
+
+
+EMBEDDING_GRADIENT = torch.ops.ciuic.embedding_gradient.default

@@ -17,7 +17,7 @@ from torch import fx
 from . import compat, markers
 from .capture import owner, tensor
 from .classify import is_contraction, is_reduction
-from .fusion import read_from_memory
+from .fusion import decoded_to_memory
 
 
 def tensor_bytes(value: object) -> int:
@@ -125,7 +125,7 @@ def _is_materialized(node: fx.Node, outputs: set[fx.Node]) -> bool:
     if node.op != "call_function" or compat.is_getitem(node) or compat.is_view(node) or _overwrites(node):
         return False
     if markers.is_marker(node, markers.decode):
-        return read_from_memory(node)
+        return decoded_to_memory(node)
     if node in outputs or not compat.is_fusible(node) or is_reduction(node):
         return True
     stack = [node]

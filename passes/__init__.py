@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
-from .accumulate_embedding import AccumulateEmbedding
 from .insert_codecs import InsertCodecs
 from .lower_codecs import LowerCodecs
+from .native_embedding import NativeEmbedding
 from .place_decodes import PlaceDecodes
 from .place_encodes import PlaceEncodes
 from .split_decodes import SplitDecodes
 
 __all__ = [
-    "AccumulateEmbedding",
+    "NativeEmbedding",
     "Graphs",
     "InsertCodecs",
     "LowerCodecs",
@@ -31,7 +31,7 @@ __all__ = [
 def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
     """The pipeline for a plan that stores each named saved tensor with the given codec."""
     return (
-        AccumulateEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
+        NativeEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
         InsertCodecs(codecs),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(),  # before the decodes are placed: each then stands before the kernel that reads it

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from torch import fx
 
 from ciuic_compile import compat, markers
-from ciuic_compile.fusion import is_external, readers
+from ciuic_compile.fusion import is_external, reaches_reduction, readers
 
 from ._infra import Graphs, PassResult
 
 
 @dataclass(frozen=True)
 class SplitDecodes:
-    """Give the external readers of a decode (matmuls, attention) one of their own, if it has fused ones too.
+    """Give the external readers of a decode (matmuls, attention) one of their own, if others can fuse it.
 
     The external readers' decode is a kernel whose result lives from the first of them to the last. The
-    fused readers' costs no memory: shared, it would have been stored, and kept until the last of both.
+    elementwise readers' costs no memory: shared, it would have been kept until the last of both. Where a
+    reduction is among the others, the decode is stored anyway and serves all.
 
     Attributes:
         devices: device types whose decodes are split. The CPU has no kernel: there one decode serves all.
@@ -34,7 +35,7 @@ class SplitDecodes:
             ):
                 continue
             external = [is_external(reader) for reader in readers(call)]
-            if any(external) and not all(external):
+            if any(external) and not all(external) and not reaches_reduction(call):
                 _move_external_readers(call, _copy(call))
                 changed = True
         return PassResult(changed)

@@ -7,7 +7,7 @@ and reductions; ``_triton.py`` holds the same arithmetic, equal bit for bit.
 
 from __future__ import annotations
 
-import struct
+import math
 from dataclasses import dataclass
 from functools import reduce
 
@@ -56,14 +56,26 @@ def largest_scale(dtype: torch.dtype, top: int) -> float:
     A value that it cuts off is less than a step from the largest of ``dtype``. float16 has no bound: there it
     would cut off more, so decoding to float16 clamps.
     """
-    (bits,) = struct.unpack("<I", struct.pack("<f", decode_limit(dtype) / top))
-    (scale,) = struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))
-    return float(scale)
+    return _LARGEST_SCALE[dtype, top]
 
 
 def decode_limit(dtype: torch.dtype) -> float:
     """Largest magnitude that decoding may produce for data of ``dtype`` before it rounds to ``dtype``."""
     return float(torch.finfo(torch.float32 if dtype == torch.float16 else dtype).max)
+
+
+def _floor_bf16(value: float) -> float:
+    """Largest bfloat16 (8 significant bits) not above a positive normal ``value``."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.floor(math.ldexp(mantissa, 8)), exponent - 8)
+
+
+# A table, because Dynamo traces through encode and cannot see through frexp.
+_LARGEST_SCALE = {
+    (dtype, top): _floor_bf16(decode_limit(dtype) / top)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for top in (127, 126, 7, 6)
+}
 
 
 def round_up_bf16(x: Tensor) -> Tensor:

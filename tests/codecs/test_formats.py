@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ciuic_compile.codecs._group import IntGroupCodec
-from ciuic_compile.codecs._quantize import BF16_MAX, SCALE_FLOOR
+from ciuic_compile.codecs._quantize import BF16_MAX, SCALE_FLOOR, largest_scale
 from tests.codecs.cases import DTYPES, NAMES, NUMELS, awkward, codec_named
 
 INF = float("inf")
+CHOSEN = ("int8_group64", "int4_group64", "int4_group64_affine")
 names, dtypes = st.sampled_from(NAMES), st.sampled_from(DTYPES)
 
 
@@ -200,3 +201,25 @@ def test_encoding_what_was_decoded_changes_little(name: str, numel: int, seed: i
     twice = codec.decode(encoded, x.shape, x.dtype)
     step = encoded[1].float().repeat_interleave(codec.group_size)[:numel]
     assert ((twice - once).abs() <= 0.5 * step + 1e-6).all()
+
+
+@pytest.mark.parametrize("top", [127, 126, 7, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_largest_scale_is_the_largest_that_stays_finite(dtype: torch.dtype, top: int) -> None:
+    scale = torch.tensor(largest_scale(dtype, top))
+    assert scale.to(torch.bfloat16).float() == scale
+    assert (scale * top).to(dtype).isfinite()
+    above = (scale.view(torch.int32) + 0x10000).view(torch.float32)  # the next bfloat16
+    assert above.double() * top > torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_encode_and_decode_can_be_traced_by_dynamo(name: str) -> None:
+    codec = codec_named(name)
+    x = torch.randn(300)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def trip(x: Tensor) -> Tensor:
+        return codec.decode(codec.encode(x), x.shape, x.dtype)
+
+    assert torch.equal(trip(x), codec.decode(codec.encode(x), x.shape, x.dtype))
