@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ciuic_compile import markers
+from ciuic_compile import compat, markers
 from ciuic_compile.errors import OptionError, PassError, VerificationError
 from ciuic_compile.passes import (
     Graphs,
@@ -314,3 +314,25 @@ def test_a_model_without_anything_to_save_passes() -> None:
     graphs = found.graphs()
     assert rewrite(graphs, default_passes({})) == ()
     assert isinstance(graphs.forward, fx.GraphModule)
+
+
+def test_copies_of_one_trace_have_storages_of_their_own() -> None:
+    """Inductor clones what a kernel writes when another node's fake value shares its storage."""
+    made = HandMade()
+    inputs = [made.placeholder(f"x{i}", 4, 64) for i in range(2)]
+    end = made.call(aten.add.Tensor, *inputs)
+
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = torch.empty(4, 64)
+        return (out.view(-1), x.view(64, 4).t())
+
+    traced = compat.trace(encode, [inputs[0]])
+    results = [compat.inline(made.graph, end, traced, [x]) for x in inputs]
+
+    def storage(node: fx.Node) -> object:
+        return node.meta["val"].untyped_storage()._cdata
+
+    (first, first_view), (second, second_view) = results
+    assert storage(first) != storage(second)
+    assert [storage(v) for v in (first_view, second_view)] == [storage(x) for x in inputs]
+    assert storage(first.args[0]) == storage(first), "a view still shares its base's"
