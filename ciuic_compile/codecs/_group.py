@@ -20,6 +20,8 @@ from ciuic_compile.codecs.base import Codec, Encoded, Impl, Size, check_dtype, r
 from ciuic_compile.errors import OptionError
 
 GROUP_SIZES = (32, 64, 128, 256)
+GROUP_ORDER = ("cpu",)
+"""Device types on which the aten decoder computes in group order; :func:`dequantize_groups` says why."""
 
 
 class Backend(Protocol):
@@ -147,7 +149,7 @@ def dequantize_groups(
     in flat order Inductor 2.13 read beyond the qparams in the vector loop's tail.
     """
     size = codec.group_size
-    if codes.device.type == "cpu":
+    if codes.device.type in GROUP_ORDER:
         shape = (-1, *[1] * (codes.dim() - 1))
         scale, *offset = (q.view(shape) for q in qparams)
         values = dequantize(codes, scale, offset[0] if offset else None, codec.levels, dtype)
