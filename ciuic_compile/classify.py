@@ -14,6 +14,8 @@ from torch import fx
 
 from . import compat
 from .capture import CapturedGraph, owner, tensor
+from .compat import packet as packet
+from .conditioning import ill_conditioned_operands
 from .types import TensorClass
 
 aten = torch.ops.aten
@@ -46,13 +48,9 @@ REASONS = {
     TensorClass.INDEX: "integers or booleans: exact or wrong",
     TensorClass.LOSS: "only the loss is computed from it (logits): lossy logits cost accuracy at any width",
     TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: probabilities would not sum to one",
+    TensorClass.SINGULAR: "reaches an op with a pole or a jump (log, 1/x, sign), where small errors grow",
 }
 MIN_BITS = {TensorClass.ATTENTION_QK: 8}
-
-
-def packet(node: fx.Node) -> object:
-    """The op without its overload, e.g. ``aten.mm``; the target itself for other callables."""
-    return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -98,6 +96,8 @@ class Classifier:
             return TensorClass.LOSS
         if node in self._softmax_inputs:
             return TensorClass.SOFTMAX_INPUT
+        if node in self._ill_conditioned:
+            return TensorClass.SINGULAR
         for kind, members in self._attention_operands.items():
             if node in members:
                 return kind
@@ -185,14 +185,31 @@ class Classifier:
 
     @cached_property
     def _softmax_inputs(self) -> set[fx.Node]:
-        """Values exponentiated and summed: backwards from ``exp -> sum`` through elementwise ops."""
+        """Values exponentiated and summed, or against a statistic: backwards through elementwise ops."""
         starts = [
             node
             for node in self._forward
             if packet(node) in (aten.exp, aten.exp2)
-            and any(packet(u) is aten.sum for u in _users_through_views(node))
+            and (any(packet(u) is aten.sum for u in _users_through_views(node)) or self._is_relative(node))
         ]
         return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics) - set(starts)
+
+    def _is_relative(self, node: fx.Node) -> bool:
+        """Whether the operand is a difference to a statistic, as log-probabilities are."""
+        (operand,) = node.all_input_nodes
+        while compat.is_view(operand) or _is_cast(operand):
+            operand = operand.all_input_nodes[0]
+        return packet(operand) is aten.sub and any(i in self._statistics for i in operand.all_input_nodes)
+
+    @cached_property
+    def _ill_conditioned(self) -> set[fx.Node]:
+        """What ops with poles, jumps or steep slopes are computed from, up to the last matmul."""
+
+        def exact(node: fx.Node) -> bool:
+            return node in self._statistics or node in self._from_parameters or node in self.exact
+
+        starts = ill_conditioned_operands(self._captured.graph, self._captured.is_backward, exact)
+        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics)
 
     @cached_property
     def _attention_operands(self) -> dict[TensorClass, set[fx.Node]]:
