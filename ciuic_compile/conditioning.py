@@ -48,7 +48,7 @@ def ill_conditioned_operands(
         if node.op != "call_function":
             continue
         operands = [i for i in _sensitive(node) if not is_backward(i) and not exact(i)]
-        if packet(node) in _STEEP and (not _used_forward(node, is_backward) or _is_bounded(node)):
+        if packet(node) in _STEEP and (not is_used_forward(node, is_backward) or _is_bounded(node)):
             continue  # a derivative is as tame as what it is the derivative of
         found += operands
         if operands and not is_backward(node) and packet(node) not in _JUMPS | _STEEP:
@@ -111,7 +111,7 @@ def _scales(node: fx.Node) -> bool:
     return packet(node) in _FACTORS and len(node.all_input_nodes) == 1
 
 
-def _used_forward(node: fx.Node, is_backward: Callable[[fx.Node], bool]) -> bool:
+def is_used_forward(node: fx.Node, is_backward: Callable[[fx.Node], bool]) -> bool:
     """Whether some forward output is computed from the node (derivatives have backward users alone)."""
     stack, seen = [node], {node}
     while stack:

@@ -452,3 +452,33 @@ def test_log_probabilities_are_softmax_inputs() -> None:
     found = stage(model, torch.randn(64, 32))
     assert kinds(found, found.nodes(aten.sub)) == {K.SOFTMAX_INPUT}
     never_lossy(found, found.nodes(aten.sub))
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "bits"),
+    [
+        (nn.BatchNorm2d(16), (4, 16, 8, 8), 4),  # 64 elements of one channel side by side: one group
+        (nn.BatchNorm2d(16), (4, 16, 4, 4), 8),  # four channels a group
+        (nn.LayerNorm(128), (4, 16, 128), 4),
+        (nn.LayerNorm(16), (4, 128, 16), 8),  # four rows a group
+        (nn.GroupNorm(2, 16), (4, 16, 8, 8), 4),
+        (nn.RMSNorm(64), (4, 16, 64), 4),
+    ],
+)
+def test_a_group_over_several_normalized_rows_gets_eight_bits(
+    norm: nn.Module, shape: tuple[int, ...], bits: int
+) -> None:
+    linear, out = nn.Linear(shape[-1], shape[-1]), nn.Linear(shape[-1], 8)
+    found = stage(nn.Sequential(linear, norm, out), torch.randn(shape), mode="6:1")
+    normed = found.nodes(aten.addmm)[0]
+    assert min(c.bits for c in found.model.codecs(normed)) == bits
+    assert found.model.storage(normed).min_bits == bits
+
+
+def test_channels_last_batch_norm_mixes_channels_in_a_group() -> None:
+    layers = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    for memory, bits in ((torch.contiguous_format, 4), (torch.channels_last, 8)):
+        x = torch.randn(2, 16, 16, 16).to(memory_format=memory)
+        found = stage(layers.to(memory_format=memory), x, mode="6:1")
+        first, _ = found.nodes(aten.convolution)
+        assert min(c.bits for c in found.model.codecs(first)) == bits
