@@ -16,7 +16,6 @@ from . import compat
 from .capture import CapturedGraph, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
-from .conditioning import is_used_forward as is_used_forward
 from .types import TensorClass
 
 aten = torch.ops.aten
@@ -152,6 +151,18 @@ class Classifier:
         return found
 
     @cached_property
+    def used_forward(self) -> set[fx.Node]:
+        """What the forward's outputs are computed from; other forward values are parts of derivatives."""
+        found: set[fx.Node] = set()
+        stack = list(self._captured.fwd_outputs)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
+
+    @cached_property
     def from_parameters(self) -> set[fx.Node]:
         """Values that depend on parameters and constants only (bf16 casts of weights, say)."""
         found: set[fx.Node] = set()
@@ -233,7 +244,8 @@ class Classifier:
         def exact(node: fx.Node) -> bool:
             return node in self.statistics or node in self.from_parameters or node in self.exact
 
-        starts = ill_conditioned_operands(self._captured.graph, self._captured.is_backward, exact)
+        captured = self._captured
+        starts = ill_conditioned_operands(captured.graph, captured.is_backward, exact, self.used_forward)
         return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
 
     @cached_property

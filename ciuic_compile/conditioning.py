@@ -7,7 +7,7 @@ everywhere, as sine of a wide range) makes that an error of the size of the grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import fx
@@ -35,7 +35,10 @@ _CASTS = {prims.convert_element_type, aten._to_copy}
 
 
 def ill_conditioned_operands(
-    graph: fx.Graph, is_backward: Callable[[fx.Node], bool], exact: Callable[[fx.Node], bool]
+    graph: fx.Graph,
+    is_backward: Callable[[fx.Node], bool],
+    exact: Callable[[fx.Node], bool],
+    used_forward: Container[fx.Node],
 ) -> list[fx.Node]:
     """Forward values in which a small error may become a large one in the gradients.
 
@@ -48,7 +51,7 @@ def ill_conditioned_operands(
         if node.op != "call_function":
             continue
         operands = [i for i in _sensitive(node) if not is_backward(i) and not exact(i)]
-        if packet(node) in _STEEP and (not is_used_forward(node, is_backward) or _is_bounded(node)):
+        if packet(node) in _STEEP and (node not in used_forward or _is_bounded(node)):
             continue  # a derivative is as tame as what it is the derivative of
         found += operands
         if operands and not is_backward(node) and packet(node) not in _JUMPS | _STEEP:
@@ -109,19 +112,6 @@ def _is_bounded(node: fx.Node) -> bool:
 def _scales(node: fx.Node) -> bool:
     """A product with a number."""
     return packet(node) in _FACTORS and len(node.all_input_nodes) == 1
-
-
-def is_used_forward(node: fx.Node, is_backward: Callable[[fx.Node], bool]) -> bool:
-    """Whether some forward output is computed from the node (derivatives have backward users alone)."""
-    stack, seen = [node], {node}
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and not is_backward(user):
-                seen.add(user)
-                stack.append(user)
-    return False
 
 
 def _factors_beside(scaled: Iterable[fx.Node], is_backward: Callable[[fx.Node], bool]) -> list[fx.Node]:

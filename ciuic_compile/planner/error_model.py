@@ -21,7 +21,7 @@ from torch import fx
 
 from .. import compat
 from ..capture import CapturedGraph
-from ..classify import Classifier, is_used_forward, packet
+from ..classify import Classifier, packet
 from ..types import TensorClass
 from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward, numel
 
@@ -31,7 +31,8 @@ _SUMS = TERMS | {
 }  # fmt: skip
 _EXACT = {TensorClass.INPUT, TensorClass.STATISTIC, TensorClass.INDEX}
 
-#: Measured over predicted error variance when only this class is compressed; see docs/numerics.md.
+#: Factor on the error variance of a class of tensors. None is needed: single parameters come out right with
+#: 1, and what the whole gradient is off by is the guess of how it is distributed (docs/numerics.md).
 GAIN: dict[TensorClass, float] = {}
 
 #: Gain where one group of GROUP_SIZE elements holds several normalized rows or channels.
@@ -42,10 +43,17 @@ GROUP_SIZE = 64
 CENTRED = 2.0
 
 #: How far the guessed shares of the gradients are trusted; the rest goes by numbers of elements.
-TRUST = 0.5
+TRUST = 0.7
 
 #: Relative variance of a derivative over that of what it is the derivative of (GELU's, SiLU's).
 DERIVATIVE = 0.4
+
+#: Relative variance that attention's probabilities inherit from its queries and keys.
+PROBABILITIES = 0.5
+
+#: What gradients of queries and keys inherit from attention's output, whose product with dy is
+#: taken from every score of a row: an error in it does not average out over the keys.
+OUTPUT_TO_SCORES = 4.0
 
 #: No parameter's error was above this multiple of its predicted one over the calibration models.
 BOUND_FACTOR = 3.5
@@ -133,62 +141,86 @@ class ErrorModel:
         inputs = node.all_input_nodes
         if compat.is_getitem(node):
             return _of_output(inputs[0], node.args[1])
-        if packet(node) in TERMS:
+        if packet(node) in TERMS and node not in self._accumulated:
             whole = self._energy.of(node)
             shares = {i: self._energy.of(i) / whole for i in inputs}
             if packet(node) is aten.sub:  # what is taken away of a value is taken away of its error too
                 shares[inputs[0]] = min(1.0, shares[inputs[0]])
             return shares
-        if packet(node) in _SUMS:
+        if packet(node) in _SUMS - TERMS:
             inputs = [i for i in inputs if self._captured.is_backward(i)]
             return dict.fromkeys(inputs, 1.0 / max(1, len(inputs)))
         return dict.fromkeys(inputs, 1.0)
+
+    @cached_property
+    def _accumulated(self) -> set[fx.Node]:
+        """Sums over the uses of one parameter. Which of them dominates is not known: their variances add."""
+        found: set[fx.Node] = set()
+        stack = list(self._captured.bwd_outputs)
+        while stack:
+            node = stack.pop()
+            if packet(node) in TERMS and all(u.op == "output" or u in found for u in node.users):
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
 
     def _roots_of(self, node: fx.Node) -> Mapping[fx.Node, float]:
         """A backward node stands for itself, a forward one for the saved values it is rebuilt from."""
         if self._captured.is_backward(node):
             return {node: 1.0}
-        roots = self._roots(node)
-        if node in self._saved or self._is_linear(node) or is_used_forward(node, self._captured.is_backward):
+        roots = self._roots[node]
+        if node in self._linear or node in self._classes.used_forward:
             return roots
         return {root: share * DERIVATIVE for root, share in roots.items()}
 
-    def _roots(self, node: fx.Node) -> dict[fx.Node, float]:
-        if node not in self._rebuilt:
-            self._rebuilt[node] = self._find_roots(node)
-        return self._rebuilt[node]
+    @cached_property
+    def _rebuilt(self) -> list[fx.Node]:
+        """Forward values that the backward reads or rebuilds on the way to them, in topological order."""
+        found: set[fx.Node] = set()
+        stack = [i for n in self._sweep for i in n.all_input_nodes if not self._captured.is_backward(i)]
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend([] if node in self._saved else node.all_input_nodes)
+        return sorted(found, key=self._captured.order.__getitem__)
 
     @cached_property
-    def _rebuilt(self) -> dict[fx.Node, dict[fx.Node, float]]:
-        return {}
+    def _roots(self) -> dict[fx.Node, dict[fx.Node, float]]:
+        """Rebuilt value -> the saved ones whose errors it has, and how much of each."""
+        roots: dict[fx.Node, dict[fx.Node, float]] = {}
+        for node in self._rebuilt:
+            found: dict[fx.Node, float] = {node: 1.0} if node in self._saved else {}
+            inputs = [] if found else self._inexact_inputs(node)
+            for source in inputs:
+                for root, share in roots[source].items():
+                    if packet(node) in _SUMS:
+                        found[root] = found.get(root, 0.0) + share / len(inputs)
+                    else:
+                        found[root] = max(found.get(root, 0.0), share)
+            roots[node] = found
+        return roots
 
-    def _find_roots(self, node: fx.Node) -> dict[fx.Node, float]:
-        if node in self._saved:
-            return {node: 1.0}
-        if node.op == "placeholder" or node in self._classes.exact:
-            return {}
-        inputs = [i for i in node.all_input_nodes if self._is_inexact(i)]
-        found: dict[fx.Node, float] = {}
-        for roots in map(self._roots, inputs):
-            for root, share in roots.items():
-                if packet(node) in _SUMS:
-                    found[root] = found.get(root, 0.0) + share / len(inputs)
-                else:
-                    found[root] = max(found.get(root, 0.0), share)
+    @cached_property
+    def _linear(self) -> set[fx.Node]:
+        """Rebuilt values that are linear functions of saved ones: their relative error is theirs."""
+        found: set[fx.Node] = set()
+        for node in self._rebuilt:
+            inputs = self._inexact_inputs(node)
+            scaled = packet(node) in (aten.mul, aten.div) and len(inputs) == 1
+            linear = scaled or packet(node) in TERMS | {aten.neg} or compat.is_view(node)
+            if node in self._saved or (linear and found.issuperset(inputs)):
+                found.add(node)
         return found
+
+    def _inexact_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Inputs that may carry an error: none of a value that is itself exact."""
+        if node in self._classes.exact:
+            return []
+        return [i for i in node.all_input_nodes if self._is_inexact(i)]
 
     def _is_inexact(self, node: fx.Node) -> bool:
         return node not in self._classes.exact and self._classes.kind(node) not in _EXACT
-
-    def _is_linear(self, node: fx.Node) -> bool:
-        """Whether a rebuilt value is a linear function of saved ones: its relative error is theirs."""
-        if node in self._saved:
-            return True
-        inputs = [i for i in node.all_input_nodes if self._is_inexact(i)]
-        scaled = packet(node) in (aten.mul, aten.div) and len(inputs) == 1
-        if not (scaled or packet(node) in TERMS | {aten.neg} or compat.is_view(node)):
-            return False
-        return all(map(self._is_linear, inputs))
 
 
 def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:
@@ -201,9 +233,5 @@ def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:
         probabilities = {q: PROBABILITIES, k: PROBABILITIES}
         if index == 2:
             return {dy: 1.0, **probabilities}
-        return {dy: 1.0, v: 0.5, out: 0.5, **probabilities, (k if index == 0 else q): 1.0}
+        return {dy: 1.0, v: 0.5, out: OUTPUT_TO_SCORES, **probabilities, (k if index == 0 else q): 1.0}
     return dict.fromkeys(operands, 1.0)
-
-
-#: Relative variance that attention's probabilities inherit from its queries and keys.
-PROBABILITIES = 0.5

