@@ -13,7 +13,7 @@ from torch import fx
 
 from . import compat
 from .capture import CapturedGraph, owner, tensor
-from .classify import MIN_BITS, Classifier, is_reduction
+from .classify import Classifier, is_reduction
 from .codecs import Codec, get_codec
 from .config import CompileConfig
 from .simulate import tensor_bytes
@@ -63,8 +63,8 @@ class MemoryModel:
             return [get_codec(BITMASK)]
         if not self.config.lossy or self.classes.kept_because(node):
             return []
-        fewest = MIN_BITS.get(self.classes.kind(node), 4)
         group = self.config.group_size
+        fewest = self.classes.min_bits(node, group)
         names = (f"int8_group{group}", f"int4_group{group}_affine", f"int4_group{group}")
         return [c for c in map(get_codec, names) if c.bits >= fewest]
 
@@ -120,7 +120,7 @@ class MemoryModel:
             op=str(node.target),
             source=self.source(node),
             kept_because=self.kept_because(node),
-            min_bits=MIN_BITS.get(self.classes.kind(node), 4),
+            min_bits=self.classes.min_bits(node, self.config.group_size),
         )
 
 

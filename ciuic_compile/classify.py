@@ -14,6 +14,8 @@ from torch import fx
 
 from . import compat
 from .capture import CapturedGraph, owner, tensor
+from .compat import packet as packet
+from .conditioning import ill_conditioned_operands
 from .types import TensorClass
 
 aten = torch.ops.aten
@@ -46,13 +48,9 @@ REASONS = {
     TensorClass.INDEX: "integers or booleans: exact or wrong",
     TensorClass.LOSS: "only the loss is computed from it (logits): lossy logits cost accuracy at any width",
     TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: probabilities would not sum to one",
+    TensorClass.SINGULAR: "reaches an op with a pole or a jump (log, 1/x, sign), where small errors grow",
 }
 MIN_BITS = {TensorClass.ATTENTION_QK: 8}
-
-
-def packet(node: fx.Node) -> object:
-    """The op without its overload, e.g. ``aten.mm``; the target itself for other callables."""
-    return getattr(node.target, "overloadpacket", node.target)
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -92,12 +90,14 @@ class Classifier:
             return TensorClass.INPUT
         if not value.dtype.is_floating_point:
             return TensorClass.INDEX
-        if node in self._statistics:
+        if node in self.statistics:
             return TensorClass.STATISTIC
         if node not in self._feeds_contraction:
             return TensorClass.LOSS
         if node in self._softmax_inputs:
             return TensorClass.SOFTMAX_INPUT
+        if node in self._ill_conditioned:
+            return TensorClass.SINGULAR
         for kind, members in self._attention_operands.items():
             if node in members:
                 return kind
@@ -112,7 +112,7 @@ class Classifier:
         assert value is not None
         if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"no codec for {value.dtype}"
-        if node in self._from_parameters:
+        if node in self.from_parameters:
             return "computed from parameters alone: parameters are never lossy"
         if node in self.exact:
             return "rebuilt exactly from the inputs where it is needed"
@@ -121,6 +121,15 @@ class Classifier:
         if node.meta.get("saved_tensor_with_no_vc_check"):
             return "stashed by a custom autograd function without a version check"
         return None
+
+    def min_bits(self, node: fx.Node, group_size: int) -> int:
+        """Fewest payload bits that a codec with groups of this size may use on the value."""
+        return 8 if self.is_mixed(node, group_size) else MIN_BITS.get(self.kind(node), 4)
+
+    def is_mixed(self, node: fx.Node, group_size: int) -> bool:
+        """Whether one group holds several normalized rows or channels: a norm then blows up the small ones,
+        with the error that the large ones beside them gave them."""
+        return self._runs.get(node, group_size) < group_size
 
     @cached_property
     def pinned(self) -> set[fx.Node]:
@@ -142,7 +151,19 @@ class Classifier:
         return found
 
     @cached_property
-    def _from_parameters(self) -> set[fx.Node]:
+    def used_forward(self) -> set[fx.Node]:
+        """What the forward's outputs are computed from; other forward values are parts of derivatives."""
+        found: set[fx.Node] = set()
+        stack = list(self._captured.fwd_outputs)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack.extend(node.all_input_nodes)
+        return found
+
+    @cached_property
+    def from_parameters(self) -> set[fx.Node]:
         """Values that depend on parameters and constants only (bf16 casts of weights, say)."""
         found: set[fx.Node] = set()
         for node in self._forward:
@@ -154,7 +175,7 @@ class Classifier:
         return found
 
     @cached_property
-    def _statistics(self) -> set[fx.Node]:
+    def statistics(self) -> set[fx.Node]:
         """Reductions, second outputs of fused attention, and elementwise functions of only those."""
         found: set[fx.Node] = set()
         for node in self._forward:
@@ -168,7 +189,7 @@ class Classifier:
                 if is_reduction(source) or (is_attention(source) and node.args[1] != 0):
                     found.add(node)
             elif any(i in found for i in inputs) and all(
-                i in found or i in self._from_parameters or tensor(i) is None for i in inputs
+                i in found or i in self.from_parameters or tensor(i) is None for i in inputs
             ):
                 if not is_contraction(node):
                     found.add(node)
@@ -185,14 +206,47 @@ class Classifier:
 
     @cached_property
     def _softmax_inputs(self) -> set[fx.Node]:
-        """Values exponentiated and summed: backwards from ``exp -> sum`` through elementwise ops."""
+        """Values exponentiated and summed, or against a statistic: backwards through elementwise ops."""
         starts = [
             node
             for node in self._forward
             if packet(node) in (aten.exp, aten.exp2)
-            and any(packet(u) is aten.sum for u in _users_through_views(node))
+            and (any(packet(u) is aten.sum for u in _users_through_views(node)) or self._is_relative(node))
         ]
-        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics) - set(starts)
+        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics) - set(starts)
+
+    @cached_property
+    def _runs(self) -> dict[fx.Node, int]:
+        """Values that a norm scales -> how many elements, consecutive in memory, share one statistic."""
+        runs: dict[fx.Node, int] = {}
+        for node in self._forward:
+            if packet(node) not in (aten.mul, aten.div) or node in self.statistics:
+                continue
+            scales = [i for i in node.all_input_nodes if i in self.statistics]
+            others = [i for i in node.all_input_nodes if i not in self.statistics]
+            if scales and others:
+                run = _consecutive(node.meta["val"], scales[0].meta["val"])
+                for value in self._upstream(others, stop=lambda n: is_contraction(n) or n in self.statistics):
+                    runs[value] = min(run, runs.get(value, run))
+        return runs
+
+    def _is_relative(self, node: fx.Node) -> bool:
+        """Whether the operand is a difference to a statistic, as log-probabilities are."""
+        (operand,) = node.all_input_nodes
+        while compat.is_view(operand) or _is_cast(operand):
+            operand = operand.all_input_nodes[0]
+        return packet(operand) is aten.sub and any(i in self.statistics for i in operand.all_input_nodes)
+
+    @cached_property
+    def _ill_conditioned(self) -> set[fx.Node]:
+        """What ops with poles, jumps or steep slopes are computed from, up to the last matmul."""
+
+        def exact(node: fx.Node) -> bool:
+            return node in self.statistics or node in self.from_parameters or node in self.exact
+
+        captured = self._captured
+        starts = ill_conditioned_operands(captured.graph, captured.is_backward, exact, self.used_forward)
+        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
 
     @cached_property
     def _attention_operands(self) -> dict[TensorClass, set[fx.Node]]:
@@ -200,7 +254,7 @@ class Classifier:
 
         def operands(indices: Iterable[int]) -> set[fx.Node]:
             starts = [n.args[i] for n in calls for i in indices if isinstance(n.args[i], fx.Node)]
-            return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self._statistics)
+            return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
 
         outputs = {g for n in calls for g in n.users if compat.is_getitem(g) and g.args[1] == 0}
         outputs |= {n for n in self._forward if owner(n) in outputs}
@@ -217,7 +271,7 @@ class Classifier:
         stack = [n for n in starts if isinstance(n, fx.Node)]
         while stack:
             node = stack.pop()
-            if node in found or node not in self._forward_set or node in self._from_parameters:
+            if node in found or node not in self._forward_set or node in self.from_parameters:
                 continue
             found.add(node)
             if not stop(node):
@@ -257,6 +311,18 @@ def is_dense(value: torch.Tensor) -> bool:
             return False
         expected = expected * value.size(dim)
     return True
+
+
+def _consecutive(value: torch.Tensor, scale: torch.Tensor) -> int:
+    """How many elements of ``value``, side by side in memory, meet the same element of ``scale``."""
+    run = 1
+    missing = value.dim() - scale.dim()
+    for dim in sorted(range(value.dim()), key=lambda d: (compat.hint(value.stride(d)), -d)):
+        size = compat.hint(value.size(dim))
+        if size > 1 and dim >= missing and compat.hint(scale.size(dim - missing)) > 1:
+            break
+        run *= size
+    return run
 
 
 def _is_rebuildable(node: fx.Node) -> bool:

@@ -103,6 +103,11 @@ def is_view(node: fx.Node) -> bool:
     return alias is not None and not alias.is_write
 
 
+def packet(node: fx.Node) -> object:
+    """The op without its overload, e.g. ``aten.mm``; the target itself for other callables."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
 def is_recomputable(node: fx.Node) -> bool:
     """Whether torch allows this op to run again in the backward (cheap and deterministic)."""
     return bool(_ops.is_recomputable(node)) and not _ops.is_compute_intensive(node)

@@ -26,6 +26,7 @@ class TensorClass(str, Enum):
     INDEX = "index"  # integers, booleans, masks, seeds
     LOSS = "loss"  # nothing but the loss is computed from it (logits, log-probabilities)
     SOFTMAX_INPUT = "softmax_input"  # exponentiated against a saved statistic
+    SINGULAR = "singular"  # reaches an op where a small error becomes a large one (log, 1/x, sign)
     ATTENTION_QK = "attention_qk"  # Q and K of fused attention, used beside its saved logsumexp
     ATTENTION_V = "attention_v"
     ATTENTION_OUT = "attention_out"

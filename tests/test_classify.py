@@ -192,7 +192,7 @@ def test_indices_and_seeds_are_exact() -> None:
     def function(x: Tensor, w: Tensor, i: Tensor) -> Tensor:
         z = x @ w
         values, where = z.topk(4)
-        return (z.gather(1, where) * values + (i + where)).sin() @ w[:4]
+        return (z.gather(1, where) * values + (i + where)).tanh() @ w[:4]
 
     found = stage(function, torch.randn(32, 32), torch.randn(32, 32, requires_grad=True), torch.arange(4))
     whole = [
@@ -249,7 +249,7 @@ def test_user_outputs_are_exact_also_through_views() -> None:
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = first(x)
-        return second(hidden.sin()), hidden.view(16, 4, 32)[1:]
+        return second(hidden.tanh()), hidden.view(16, 4, 32)[1:]
 
     found = stage(function, torch.randn(64, 32))
     hidden, _ = found.nodes(aten.addmm)
@@ -263,7 +263,7 @@ def test_values_rebuilt_from_inputs_and_seeds_are_exact() -> None:
 
     def function(x: Tensor) -> Tensor:
         hidden = F.dropout(x * 2, 0.5)
-        return F.dropout(linear(hidden), 0.5).sin() @ linear.weight
+        return F.dropout(linear(hidden), 0.5).tanh() @ linear.weight
 
     found = stage(function, torch.randn(64, 32))
     (addmm,) = found.nodes(aten.addmm)
@@ -334,7 +334,7 @@ def test_other_dtypes_are_kept(dtype: torch.dtype) -> None:
     made = HandMade()
     x, w, t = (made.placeholder(n, 8, 8, dtype=dtype) for n in ("primals_1", "primals_2", "tangents_1"))
     y = made.call(aten.mm.default, x, w)
-    z = made.call(aten.mm.default, made.call(aten.sin.default, y), w)
+    z = made.call(aten.mm.default, made.call(aten.tanh.default, y), w)
     g = made.call(aten.mul.Tensor, t, y)
     model = made.model(made.captured([z], [g, None]))
     assert model.codecs(y) == []
@@ -345,7 +345,7 @@ def test_a_value_with_gaps_in_its_storage_is_kept() -> None:
     made = HandMade()
     x, w, t = (made.placeholder(n, 8, 8) for n in ("primals_1", "primals_2", "tangents_1"))
     y = made.call(aten.mm.default, x, w)
-    z = made.call(aten.mm.default, made.call(aten.sin.default, y), w)
+    z = made.call(aten.mm.default, made.call(aten.tanh.default, y), w)
     g = made.call(aten.mul.Tensor, t, y)
     model = made.model(made.captured([z], [g, None]))
     assert model.kept_because(y) is None
@@ -381,3 +381,104 @@ def test_elementwise_max_is_no_reduction() -> None:
     c = made.call(aten.max.dim, x, 1)
     made.captured([a], [t, None])
     assert [is_reduction(n) for n in (a, b, c)] == [False, False, True]
+
+
+def conditioned(*ops: object) -> dict[str, TensorClass]:
+    """Classes of ``y = x @ w`` and ``z = op(y) @ w``, several ops one after the other."""
+    made = HandMade()
+    x, w, t = (made.placeholder(n, 8, 8) for n in ("primals_1", "primals_2", "tangents_1"))
+    y = value = made.call(aten.mm.default, x, w, name="y")
+    for op in ops:
+        call, *rest = op if isinstance(op, tuple) else (op,)
+        value = made.call(call, value, *rest)
+    z = made.call(aten.mm.default, value, w, name="z")
+    out = made.call(aten.mm.default, made.call(aten.tanh.default, z), w)
+    gradient = made.call(aten.mul.Tensor, t, made.call(aten.mul.Tensor, y, z))
+    model = made.model(made.captured([out], [gradient, None]))
+    return {n.name: model.classes.kind(n) for n in (y, z)}
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [aten.log.default],
+        [aten.abs.default, aten.view.default, aten.log.default],
+        [(aten.pow.Tensor_Scalar, -1)],
+        [(aten.pow.Tensor_Scalar, 0.5)],
+        [(prims.convert_element_type.default, torch.bfloat16), aten.rsqrt.default],
+        [aten.sign.default],
+        [(aten.mul.Tensor, 30.0), aten.sin.default],
+        [aten.sinh.default],
+    ],
+)
+def test_what_reaches_a_singular_op_is_exact_up_to_the_last_matmul(ops: list[object]) -> None:
+    ops = [(op, [8, 8]) if op is aten.view.default else op for op in ops]
+    back = [(prims.convert_element_type.default, torch.float32)]
+    assert conditioned(*ops, *back) == {"y": K.SINGULAR, "z": K.ACTIVATION}
+
+
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [(aten.pow.Tensor_Scalar, 3)],
+        [(aten.div.Tensor, 2.0)],
+        [aten.exp.default, (aten.add.Tensor, 1), aten.log.default],
+        [aten.exp.default, aten.log1p.default],
+        [aten.neg.default, aten.exp.default, (aten.add.Tensor, 1), aten.reciprocal.default],
+        [aten.sigmoid.default],
+    ],
+)
+def test_what_reaches_a_tame_op_may_be_lossy(ops: list[object]) -> None:
+    assert conditioned(*ops) == {"y": K.ACTIVATION, "z": K.ACTIVATION}
+
+
+def test_what_is_multiplied_with_a_pole_is_exact_and_what_is_divided_by_a_statistic_is_not() -> None:
+    made = HandMade()
+    x, w, t = (made.placeholder(n, 8, 8) for n in ("primals_1", "primals_2", "tangents_1"))
+    a, b, c = (made.call(aten.mm.default, x, w) for _ in range(3))
+    huge = made.call(aten.mul.Tensor, made.call(aten.neg.default, made.call(aten.reciprocal.default, b)), a)
+    scale = made.call(aten.rsqrt.default, made.call(aten.mean.dim, c, [1], True))
+    normed = made.call(aten.mul.Tensor, c, scale)
+    z = made.call(aten.mm.default, made.call(aten.add.Tensor, huge, normed), w)
+    gradient = made.call(aten.mul.Tensor, t, made.call(aten.mul.Tensor, a, made.call(aten.mul.Tensor, b, c)))
+    model = made.model(made.captured([z], [gradient, None]))
+    assert [model.classes.kind(n) for n in (a, b, c)] == [K.SINGULAR, K.SINGULAR, K.ACTIVATION]
+    assert model.kept_because(a) == REASONS[K.SINGULAR]
+
+
+def test_log_probabilities_are_softmax_inputs() -> None:
+    """The backward of log-softmax exponentiates its output."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.LogSoftmax(-1), nn.Linear(32, 32))
+    found = stage(model, torch.randn(64, 32))
+    assert kinds(found, found.nodes(aten.sub)) == {K.SOFTMAX_INPUT}
+    never_lossy(found, found.nodes(aten.sub))
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape", "bits"),
+    [
+        (nn.BatchNorm2d(16), (4, 16, 8, 8), 4),  # 64 elements of one channel side by side: one group
+        (nn.BatchNorm2d(16), (4, 16, 4, 4), 8),  # four channels a group
+        (nn.LayerNorm(128), (4, 16, 128), 4),
+        (nn.LayerNorm(16), (4, 128, 16), 8),  # four rows a group
+        (nn.GroupNorm(2, 16), (4, 16, 8, 8), 4),
+        (nn.RMSNorm(64), (4, 16, 64), 4),
+    ],
+)
+def test_a_group_over_several_normalized_rows_gets_eight_bits(
+    norm: nn.Module, shape: tuple[int, ...], bits: int
+) -> None:
+    linear, out = nn.Linear(shape[-1], shape[-1]), nn.Linear(shape[-1], 8)
+    found = stage(nn.Sequential(linear, norm, out), torch.randn(shape), mode="6:1")
+    normed = found.nodes(aten.addmm)[0]
+    assert min(c.bits for c in found.model.codecs(normed)) == bits
+    assert found.model.storage(normed).min_bits == bits
+
+
+def test_channels_last_batch_norm_mixes_channels_in_a_group() -> None:
+    layers = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    for memory, bits in ((torch.contiguous_format, 4), (torch.channels_last, 8)):
+        x = torch.randn(2, 16, 16, 16).to(memory_format=memory)
+        found = stage(layers.to(memory_format=memory), x, mode="6:1")
+        first, _ = found.nodes(aten.convolution)
+        assert min(c.bits for c in found.model.codecs(first)) == bits

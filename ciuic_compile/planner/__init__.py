@@ -186,9 +186,9 @@ def make_plan(
     ours = model.storages_of(selection.saved)
     nodes = sorted({*ours, *model.baseline}, key=captured.order.__getitem__)
     mse = {n: _mse(c) for n, c in codecs.chosen.items()}
-    errors = ErrorModel(captured, model.classes, list(selection.saved)).gradient_errors(mse)
+    error_model = ErrorModel(captured, model.classes, list(selection.saved))
+    errors = error_model.gradient_errors(mse)
     rebuilt_us = sum(device.microseconds(2 * size) for n, size in model.baseline.items() if n not in ours)
-    whole = sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
     return Plan(
         name=name,
         mode=model.config.mode,
@@ -197,7 +197,7 @@ def make_plan(
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
-        gradient_error=whole,
+        gradient_error=error_model.whole(errors),
         gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
         time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us,
         gap=codecs.gap,

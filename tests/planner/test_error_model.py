@@ -46,6 +46,12 @@ def errors_of(found: Stage) -> tuple[ErrorModel, list[fx.Node]]:
     return model, lossy
 
 
+def weighted(model: ErrorModel, found: list[float]) -> float:
+    """Variance of the whole gradient, given that of each part."""
+    assert sum(model.weights) == pytest.approx(1) and min(model.weights) > 0
+    return sum(w * v for w, v in zip(model.weights, found, strict=True))
+
+
 def variances(model: ErrorModel, mse: dict[fx.Node, float]) -> list[float]:
     """Squared relative error of each gradient."""
     return [e * e for e in model.gradient_errors(mse)]
@@ -69,7 +75,7 @@ def test_linear(mlp: Stage, data: st.DataObject, factor: float) -> None:
     assert variances(model, both) == pytest.approx(expected, rel=1e-9, abs=1e-18)
 
 
-def test_coefficients_are_the_derivative_of_the_mean_squared_error(mlp: Stage) -> None:
+def test_coefficients_are_the_derivative_of_the_whole_gradients_squared_error(mlp: Stage) -> None:
     model, lossy = errors_of(mlp)
     coefficients = model.coefficients()
     step = 1e-3
@@ -77,10 +83,10 @@ def test_coefficients_are_the_derivative_of_the_mean_squared_error(mlp: Stage) -
         gained = model.coefficients()
         for node in lossy:
             found = variances(model, {node: step})
-            assert gained[node] == pytest.approx(sum(found) / len(found) / step, rel=1e-9)
+            assert gained[node] == pytest.approx(weighted(model, found) / step, rel=1e-9)
     for node in lossy:
         found = variances(model, {node: step})
-        assert coefficients[node] == pytest.approx(sum(found) / len(found) / step, rel=1e-9)
+        assert coefficients[node] == pytest.approx(weighted(model, found) / step, rel=1e-9)
         assert coefficients[node] > 0
     assert any(gained[n] != coefficients[n] for n in lossy), "gains matter, so this test can fail"
 
@@ -98,6 +104,21 @@ def test_exact_values_carry_no_error_into_a_sum() -> None:
     model = ErrorModel(captured, made.model(captured).classes, [a, b])
     assert variances(model, {a: 0.04}) == pytest.approx([0.02, 0.04])
     assert variances(model, {a: 0.04, b: 0.02}) == pytest.approx([0.03, 0.04])
+
+
+def test_uses_of_one_parameter_add_up() -> None:
+    """Whichever use has the larger gradient, its error is not diluted by the other."""
+    made = HandMade()
+    x, w, t = (made.placeholder(n, 8, 8) for n in ("primals_1", "primals_2", "tangents_1"))
+    a = made.call(aten.mm.default, x, w)
+    b = made.call(aten.mm.default, a, w)
+    large = made.call(aten.mm.default, t, b)
+    small = made.call(aten.mm.default, made.call(aten.mul.Tensor, t, 1e-3), a)
+    captured = made.captured(
+        [made.call(aten.mm.default, b, w)], [None, made.call(aten.add.Tensor, large, small)]
+    )
+    model = ErrorModel(captured, made.model(captured).classes, [a, b])
+    assert variances(model, {a: 0.04, b: 0.01}) == pytest.approx([0.05])
 
 
 def measured_and_predicted(found: Stage, codec: str) -> tuple[list[float], list[float]]:

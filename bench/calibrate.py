@@ -1,0 +1,205 @@
+"""Measured against predicted gradient error of each class of tensor, compressed alone.
+
+For every model: capture its training graph, run forward and backward once without codecs, then the backward
+again with one class of saved tensors (or, in the last rows, the whole plan of a mode) through a codec and
+back. Only the backward differs, so what is measured is the codecs' error and nothing else. "gain" is measured
+over predicted error variance of the whole gradient; where it is far from 1 for a class on every model, the
+error model (ciuic_compile/planner/error_model.py) needs another constant. docs/numerics.md has the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+
+from bench import common
+from bench.measure import GradientError, gradient_error
+from bench.models import MODELS, WithLoss
+from ciuic_compile import partitioner
+from ciuic_compile.analyze import MemoryModel
+from ciuic_compile.codecs import get_codec
+from ciuic_compile.config import parse_options
+from ciuic_compile.partitioner import CiuicPartitioner
+from ciuic_compile.passes import Graphs, markers
+from ciuic_compile.planner import Selection
+from ciuic_compile.planner.error_model import BOUND_FACTOR, ErrorModel
+from ciuic_compile.simulate import Peaks
+from ciuic_compile.types import Plan
+
+CODECS = ("int8_group64", "int4_group64_affine", "int4_group64")
+
+
+@dataclass
+class Captured:
+    """One training step, stopped between forward and backward: run the backward as often as you like.
+
+    Attributes:
+        backward: the backward graph, without decodes.
+        arguments: what it was called with.
+    """
+
+    model: MemoryModel
+    selection: Selection
+    plan: Plan
+    backward: fx.GraphModule
+    arguments: list[Any]
+
+    @torch.no_grad()
+    def run(self, codecs: Mapping[str, str]) -> dict[str, Tensor]:
+        """The gradients, with these saved tensors (by name) through these codecs and back."""
+        arguments = [
+            _through(a, codecs[n.name]) if n.name in codecs else a
+            for n, a in zip(self.backward.graph.find_nodes(op="placeholder"), self.arguments, strict=True)
+        ]
+        results = self.backward(*arguments)
+        return {str(i): g for i, g in enumerate(results) if isinstance(g, Tensor)}
+
+    def predict(self, codecs: Mapping[str, str]) -> tuple[float, float]:
+        """Predicted relative error of the whole gradient, and the stated bound of any parameter's."""
+        nodes = {n.name: n for n in self.selection.saved}
+        mse = {nodes[name]: get_codec(codec).relative_mse for name, codec in codecs.items()}
+        error_model = ErrorModel(self.model.captured, self.model.classes, list(self.selection.saved))
+        errors = error_model.gradient_errors(mse)
+        return error_model.whole(errors), BOUND_FACTOR * max(errors)
+
+    def by_class(self) -> dict[str, dict[str, str]]:
+        """Class, and codec -> the saved tensors of that class on which that codec is legal."""
+        groups: dict[str, dict[str, str]] = {}
+        for node in self.model.storages_of(self.selection.saved):
+            legal = {c.name for c in self.model.codecs(node)}
+            for codec in CODECS:
+                if codec in legal:
+                    key = f"{self.model.classes.kind(node).value} {codec}"
+                    groups.setdefault(key, {})[node.name] = codec
+        return groups
+
+
+def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_bytes: int) -> Captured:
+    """Plan a step of ``model`` (inputs to loss) in ``mode`` and run it without codecs or code generation."""
+    config = parse_options({"mode": mode, "min_bytes": min_bytes, "report": "off"})
+    made: list[tuple[MemoryModel, Selection, Plan]] = []
+    calls: list[tuple[fx.GraphModule, list[Any]]] = []
+    plan_and_rewrite = partitioner.plan_and_rewrite
+
+    def plan_only(
+        name: str, memory: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs
+    ) -> Plan:
+        forward, backward = (
+            fx.GraphModule(g, copy.deepcopy(g.graph)) for g in (graphs.forward, graphs.backward)
+        )
+        rewritten = Graphs(forward, backward, graphs.num_fwd_outputs)
+        plan = plan_and_rewrite(name, memory, selection, baseline, rewritten)
+        made.append((memory, selection, plan))
+        return plan
+
+    def run_graph(gm: fx.GraphModule, example_inputs: object, **kwargs: Any) -> Any:
+        def call(args: list[Any]) -> Any:
+            if kwargs.get("is_backward"):
+                calls.append((gm, list(args)))
+            return gm(*args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        part = CiuicPartitioner(config, "calibrate", "graph", lambda plan: None)
+        return compile_fx(
+            gm, example_inputs, inner_compile=run_graph, config_patches={"custom_partitioner_fn": part}
+        )
+
+    torch._dynamo.reset()
+    with (
+        mock.patch.object(partitioner, "plan_and_rewrite", plan_only),
+        torch._functorch.config.patch(enable_autograd_cache=False, donated_buffer=False),
+    ):
+        torch.compile(model, backend=backend)(*inputs).backward()
+    ((memory, selection, plan),), ((graph, arguments),) = made, calls
+    return Captured(memory, selection, plan, graph, arguments)
+
+
+def _through(x: Tensor, codec: str) -> Tensor:
+    order = markers.storage_order(x)
+    return markers.decode(markers.encode(x, codec), codec, [x.shape[d] for d in order], order, x.dtype)
+
+
+def cell(spec: dict[str, Any]) -> dict[str, Any]:
+    """Every class of one model, and its plan in every mode."""
+    device = torch.device(spec["device"])
+    rows = []
+    for mode in spec["modes"]:
+        torch.manual_seed(0)
+        built, batches, loss = MODELS[spec["model"]](spec["size"])
+        min_bytes = 256 if spec["size"] == "tiny" else 16 * 1024
+        captured = capture(WithLoss(built, loss).to(device), batches(0, device), mode, min_bytes)
+        exact = captured.run({})
+        plan = {d.storage.name: d.codec for d in captured.plan.decisions if d.codec}
+        groups = {f"plan {mode} ({captured.plan.ratio:.2f}:1)": plan}
+        if mode == spec["modes"][-1]:
+            groups |= captured.by_class()
+        for name, codecs in groups.items():
+            whole, bound = captured.predict(codecs)
+            rows.append(_row(name, len(codecs), gradient_error(exact, captured.run(codecs)), whole, bound))
+    return {"rows": rows}
+
+
+def _row(name: str, count: int, found: GradientError, whole: float, bound: float) -> dict[str, Any]:
+    return {"what": name, "tensors": count, **asdict(found), "stated": whole, "bound": bound}
+
+
+COLUMNS = ("model", "compressed", "tensors", "error", "stated", "gain", "worst", "bound", "bound/worst")
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """One line a measurement."""
+    lines = []
+    for result in results:
+        for r in result.get("rows", []):
+            gain = (r["whole"] / r["stated"]) ** 2 if r["stated"] else float("nan")
+            looseness = r["bound"] / r["worst"] if r["worst"] else float("inf")
+            numbers = (r["whole"], r["stated"], gain, r["worst"], r["bound"], looseness)
+            name = f"{result['model']} {result['size']}"
+            lines.append([name, r["what"], str(r["tensors"]), *map(common.share, numbers)])
+    return lines
+
+
+def main() -> None:
+    """Measure the models asked for and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=("tiny", "small", "full"))
+    parser.add_argument("--modes", nargs="+", default=["2:1", "4:1", "6:1"], help="plans to measure")
+    parser.add_argument("--device")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds a model may take")
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    if args.cell:
+        import json
+
+        print(json.dumps(cell(json.loads(args.cell))))
+        return
+    device = common.pick_device(args.device)
+    specs = [
+        {"model": model, "size": size, "modes": args.modes, "device": str(device)}
+        for size in args.sizes
+        for model in args.models
+    ]
+    results = common.run_cells(
+        "bench.calibrate", specs, args.timeout, 1, lambda s: f"{s['model']} {s['size']}"
+    )
+    common.write_json(args.out, {"environment": common.environment(device), "results": results})
+    common.table("gradient error, measured and stated", COLUMNS, table(results))
+
+
+if __name__ == "__main__":
+    main()

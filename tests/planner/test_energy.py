@@ -1,0 +1,58 @@
+"""Guessed sizes of the backward's values, where the guess is exact or has an obvious order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx, nn
+
+from ciuic_compile.planner.energy import Energy
+from ciuic_compile.planner.error_model import ErrorModel
+from tests.stages import HandMade, Stage, stage
+
+aten = torch.ops.aten
+
+
+def test_products_sums_and_reductions() -> None:
+    made = HandMade()
+    x, w, t = (made.placeholder(n, 8, 16) for n in ("primals_1", "primals_2", "tangents_1"))
+    y = made.call(aten.mul.Tensor, x, w)
+    a = made.call(aten.mul.Tensor, t, 3.0)
+    b = made.call(aten.add.Tensor, a, t)
+    c = made.call(aten.sum.dim_IntList, t, [1], True)
+    d = made.call(aten.mean.dim, t, [1], True)
+    e = made.call(aten.expand.default, c, [8, 16])
+    f = made.call(aten.sub.Tensor, made.call(aten.mul.Tensor, t, 16), e)
+    g = made.call(aten.div.Scalar, f, 4)
+    captured = made.captured([y], [b, made.call(aten.add.Tensor, g, d)])
+    energy = Energy(captured, made.model(captured).classes)
+    found = [energy.of(n) for n in (t, a, b, c, d, e, f, g)]
+    assert found == pytest.approx([1, 9, 10, 16, 1 / 16, 16, 256 - 16, 15])
+    assert energy.total(c) == 16 * 8
+
+
+def backward_sub(found: Stage) -> list[fx.Node]:
+    """Differences that only the backward computes."""
+    nodes = found.captured.graph.find_nodes(op="call_function", target=aten.sub.Tensor)
+    return [n for n in nodes if found.captured.is_backward(n)]
+
+
+@pytest.mark.parametrize("width", [16, 64, 256])
+def test_a_norm_hands_on_little_error_of_what_it_normalizes(width: int) -> None:
+    """Its backward corrects the gradient by a width-th of its energy; errors in that count as much."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 8))
+    found = stage(model, torch.randn(64, width))
+    assert backward_sub(found)
+    saved = list(found.selection.saved)
+    lossy = [n for n in found.model.storages_of(saved) if found.model.classes.kept_because(n) is None]
+    model_of = ErrorModel(found.captured, found.model.classes, saved)
+    errors = dict(
+        zip(
+            (tuple(n.meta["val"].shape) for n in found.captured.bwd_outputs),
+            model_of.gradient_errors(dict.fromkeys(lossy, 1e-4)),
+            strict=True,
+        )
+    )
+    assert errors[width, width] == pytest.approx((2e-4 / (width - 2)) ** 0.5, rel=0.4)
+    assert errors[8, width] == pytest.approx(1e-2, rel=0.01)
