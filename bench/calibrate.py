@@ -23,12 +23,12 @@ from torch._inductor.compile_fx import compile_fx
 from bench import common
 from bench.measure import GradientError, gradient_error
 from bench.models import MODELS, WithLoss
-from ciuic_compile import partitioner
+from ciuic_compile import markers, partitioner
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import get_codec
 from ciuic_compile.config import parse_options
 from ciuic_compile.partitioner import CiuicPartitioner
-from ciuic_compile.passes import Graphs, markers
+from ciuic_compile.passes import Graphs
 from ciuic_compile.planner import Selection
 from ciuic_compile.planner.error_model import BOUND_FACTOR, ErrorModel
 from ciuic_compile.simulate import Peaks
