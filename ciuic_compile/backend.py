@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="ciuic")``: the stages of DESIGN.md section 2, top to bottom."""
+"""``torch.compile(model, backend="ciuic")``: the stages of docs/architecture.md, top to bottom."""
 
 from __future__ import annotations
 

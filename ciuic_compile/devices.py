@@ -19,7 +19,7 @@ class DeviceProfile:
         return nbytes / self.bytes_per_us
 
 
-# H200: a device-to-device copy moved 4.0 TB/s (DESIGN.md section 8). The others: vendors' datasheets.
+# H200: a device-to-device copy moved 4.0 TB/s and more. The others: vendors' datasheets.
 _PROFILES = (
     DeviceProfile("h200", 4.0e6),
     DeviceProfile("h100", 3.0e6),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
 from .insert_codecs import InsertCodecs
+from .keep_inputs import KeepInputs
 from .lower_codecs import LowerCodecs
 from .native_embedding import NativeEmbedding
 from .place_decodes import PlaceDecodes
@@ -16,6 +17,7 @@ __all__ = [
     "NativeEmbedding",
     "Graphs",
     "InsertCodecs",
+    "KeepInputs",
     "LowerCodecs",
     "Pass",
     "PassResult",
@@ -31,6 +33,7 @@ __all__ = [
 def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
     """The pipeline for a plan that stores each named saved tensor with the given codec."""
     return (
+        KeepInputs(),  # lossless, as the next: anywhere before the last pass
         NativeEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
         InsertCodecs(codecs),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes

@@ -15,7 +15,8 @@ from ._infra import Graphs, PassResult
 class PlaceDecodes:
     """Decode just before first use, once: the value is freed after its last use by Inductor.
 
-    Decodes at the start of the backward took its peak from 29 to 107 MB (TORCH.md).
+    Decodes at the start of the backward took its peak from 29 to 107 MB (two GPT
+    layers, generated code of torch 2.13).
     """
 
     def run(self, graphs: Graphs) -> PassResult:

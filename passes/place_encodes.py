@@ -15,7 +15,8 @@ from ._infra import Graphs, PassResult, last_use
 class PlaceEncodes:
     """Encode after the last forward use: the original and its encoded form then overlap least.
 
-    Encoding everything at the end of the forward took a forward peak from 71.8 to 140 MB (TORCH.md).
+    Encoding everything at the end of the forward took a forward peak from 71.8 to 140 MB
+    (two GPT layers, CPU profiler, torch 2.13).
     """
 
     def run(self, graphs: Graphs) -> PassResult:

@@ -1,4 +1,4 @@
-"""The numerics rules of DESIGN.md section 5, each on the smallest model that shows it."""
+"""The numerics rules of docs/numerics.md, each on the smallest model that shows it."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import results_page
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -71,3 +73,16 @@ def test_every_page_of_the_docs_is_in_the_index() -> None:
         p.name for p in PAGES if p.parent.name == "docs" and p.name != "index.md" and p.name not in index
     ]
     assert not missing
+
+
+def test_results_are_those_of_the_files() -> None:
+    assert (ROOT / "docs" / "results.md").read_text() == results_page.page()
+
+
+def test_the_readme_claims_no_figure_that_was_not_measured() -> None:
+    text = (ROOT / "README.md").read_text()
+    block = text[text.index("<!-- results") : text.index("<!-- /results -->")]
+    figures = re.findall(r"[-+]?\d[\d,]*\.\d+", block)
+    assert len(figures) >= 6
+    page = results_page.page()
+    assert [f for f in figures if f not in page] == []

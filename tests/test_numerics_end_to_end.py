@@ -73,11 +73,10 @@ def test_measured_saved_bytes_are_the_planned_ones(name: str, mode: str) -> None
 
 @pytest.mark.parametrize("mode", ["lossless", "4:1"])
 def test_measured_saved_bytes_of_a_convnet(mode: str) -> None:
-    """As planned but for what Inductor's CPU convolutions save beside it, which is the same without us:
-    channels-last copies of the weights, and of what they read."""
+    """As planned. Inductor saves more than its partition says: channels-last copies of weights and images."""
     ours, theirs = zoo_step("convnet", mode), zoo_step("convnet", "inductor")
-    copies = theirs.saved.nbytes - ours.plans[0].baseline_saved_bytes
-    assert ours.saved.nbytes - ours.planned_saved_bytes == copies
+    assert ours.saved.nbytes == ours.planned_saved_bytes
+    assert theirs.saved.nbytes > ours.plans[0].baseline_saved_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -144,7 +144,7 @@ def _skip_sources(captured: CapturedGraph) -> set[fx.Node]:
     """Values added back after a matmul or convolution of themselves.
 
     Rebuilding such a value rebuilds the one before it, and so on to the first layer, all alive at once:
-    on an H200 that raised a Llama's backward peak from 15.1 to 19.1 GiB (DESIGN.md section 5).
+    on an H200 that raised a Llama's backward peak from 15.1 to 19.1 GiB (65,536 tokens, 4 layers, bf16).
     """
     depth: dict[fx.Node, int] = {}
     skips: set[fx.Node] = set()

@@ -14,6 +14,7 @@ from ciuic_compile.errors import OptionError, PassError, VerificationError
 from ciuic_compile.passes import (
     Graphs,
     InsertCodecs,
+    KeepInputs,
     LowerCodecs,
     Pass,
     PassResult,
@@ -138,7 +139,10 @@ def test_notes_are_collected_in_order_and_graphs_recompiled() -> None:
     assert graphs.backward.code != before and "aten.cos" not in graphs.backward.code
 
 
-@pytest.mark.parametrize("each", default_passes({}), ids=lambda p: type(p).__name__)
+PLANNED = [p for p in default_passes({}) if not isinstance(p, KeepInputs)]
+
+
+@pytest.mark.parametrize("each", PLANNED, ids=lambda p: type(p).__name__)
 def test_without_a_plan_every_pass_reports_no_change(each: Pass) -> None:
     graphs = mixed(False).graphs()
     before = (str(graphs.forward.graph), str(graphs.backward.graph))
