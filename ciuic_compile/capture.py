@@ -79,9 +79,9 @@ def owner(node: fx.Node) -> fx.Node:
                 return node
             node = source
         elif compat.is_view(node):
-            base = node.args[0]
-            assert isinstance(base, fx.Node)
-            node = base
+            if not node.all_input_nodes:  # a view of a constant
+                return node
+            node = node.all_input_nodes[0]
         else:
             return node
 

@@ -48,8 +48,10 @@ REASONS = {
     TensorClass.INDEX: "integers or booleans: exact or wrong",
     TensorClass.LOSS: "only the loss is computed from it (logits): lossy logits cost accuracy at any width",
     TensorClass.SOFTMAX_INPUT: "exponentiated against a saved maximum: probabilities would not sum to one",
-    TensorClass.SINGULAR: "reaches an op with a pole or a jump (log, 1/x, sign), where small errors grow",
+    TensorClass.SINGULAR: "reaches a pole, a jump (log, 1/x, sign) or a norm over a few: small errors grow",
 }
+#: A norm over this many elements or fewer is ill-conditioned (over two, its output is a sign).
+FEW = 4
 MIN_BITS = {TensorClass.ATTENTION_QK: 8}
 
 
@@ -88,7 +90,7 @@ class Classifier:
         value = tensor(node)
         if owner(node) in self.pinned or value is None:
             return TensorClass.INPUT
-        if not value.dtype.is_floating_point:
+        if not (value.dtype.is_floating_point or value.dtype.is_complex):
             return TensorClass.INDEX
         if node in self.statistics:
             return TensorClass.STATISTIC
@@ -219,16 +221,32 @@ class Classifier:
     def _runs(self) -> dict[fx.Node, int]:
         """Values that a norm scales -> how many elements, consecutive in memory, share one statistic."""
         runs: dict[fx.Node, int] = {}
-        for node in self._forward:
-            if packet(node) not in (aten.mul, aten.div) or node in self.statistics:
-                continue
-            scales = [i for i in node.all_input_nodes if i in self.statistics]
-            others = [i for i in node.all_input_nodes if i not in self.statistics]
-            if scales and others:
-                run = _consecutive(node.meta["val"], scales[0].meta["val"])
-                for value in self._upstream(others, stop=lambda n: is_contraction(n) or n in self.statistics):
-                    runs[value] = min(run, runs.get(value, run))
+        for node, values, scale in self._norms:
+            run = _consecutive(node.meta["val"], scale.meta["val"])
+            for value in self._upstream(values, stop=lambda n: is_contraction(n) or n in self.statistics):
+                runs[value] = min(run, runs.get(value, run))
         return runs
+
+    @cached_property
+    def _norms(self) -> list[tuple[fx.Node, list[fx.Node], fx.Node]]:
+        """Products with a statistic: the product, the values in it, and the statistic."""
+        found = []
+        for node in self._forward:
+            if packet(node) in (aten.mul, aten.div) and node not in self.statistics:
+                scales = [i for i in node.all_input_nodes if i in self.statistics]
+                others = [i for i in node.all_input_nodes if i not in self.statistics]
+                if scales and others:
+                    found.append((node, others, scales[0]))
+        return found
+
+    def _normalized_over_few(self) -> list[fx.Node]:
+        """What norms over a handful of elements scale: their backward takes nearly all of dy away again."""
+        return [
+            value
+            for node, values, scale in self._norms
+            if _numel(node) <= FEW * min(_numel(scale), _numel(owner(scale)))  # before it was expanded
+            for value in values
+        ]
 
     def _is_relative(self, node: fx.Node) -> bool:
         """Whether the operand is a difference to a statistic, as log-probabilities are."""
@@ -239,13 +257,15 @@ class Classifier:
 
     @cached_property
     def _ill_conditioned(self) -> set[fx.Node]:
-        """What ops with poles, jumps or steep slopes are computed from, up to the last matmul."""
+        """What ops with poles, jumps or steep slopes, and norms over few, are computed from, up to the last
+        matmul."""
 
         def exact(node: fx.Node) -> bool:
             return node in self.statistics or node in self.from_parameters or node in self.exact
 
         captured = self._captured
         starts = ill_conditioned_operands(captured.graph, captured.is_backward, exact, self.used_forward)
+        starts += self._normalized_over_few()
         return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
 
     @cached_property
@@ -311,6 +331,11 @@ def is_dense(value: torch.Tensor) -> bool:
             return False
         expected = expected * value.size(dim)
     return True
+
+
+def _numel(node: fx.Node) -> int:
+    value = tensor(node)
+    return 1 if value is None else max(1, compat.hint(value.numel()))
 
 
 def _consecutive(value: torch.Tensor, scale: torch.Tensor) -> int:

@@ -40,6 +40,7 @@ _HINTS: Final = {
     "activation_memory_budget": "that is torch's, a fraction; here use 'budget', in bytes",
     "memory_budget": "use 'budget', in bytes",
     "ratio": "use 'mode', e.g. mode='4:1'",
+    "lossless": "use mode='lossless'",
     "backend": "backend is an argument of torch.compile, not one of its options",
     "dynamic": "dynamic is an argument of torch.compile, not one of its options",
     "fullgraph": "fullgraph is an argument of torch.compile, not one of its options",
@@ -364,7 +365,7 @@ def _inductor_option(name: Any, value: Any) -> tuple[str, Any]:
     spelling = name.replace("-", "_") if isinstance(name, str) else ""
     key = spelling if spelling in known else next((k for k in known if k.replace(".", "_") == spelling), None)
     if key is None:
-        near = nearest(spelling, OPTION_NAMES) or nearest(spelling, known)
+        near = "" if spelling in _HINTS else nearest(spelling, OPTION_NAMES) or nearest(spelling, known)
         raise OptionError(
             f"unknown ciuic option {_short(name)} (value {_short(value)}){near}\n"
             f"  valid: {', '.join(OPTION_NAMES)}; or any Inductor option, e.g. 'triton.cudagraphs'\n"

@@ -416,3 +416,38 @@ def test_tame_derivatives_read_compressed_values(name: str, mode: str) -> None:
     assert max(found.values()) <= ours.bound
     assert TensorClass.SINGULAR not in {d.storage.kind for d in ours.plans[0].decisions}
     assert ours.plans[0].ratio > 4
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [(nn.GroupNorm(32, 64), (33, 64)), (nn.BatchNorm1d(64), (2, 64)), (nn.GroupNorm(16, 64), (33, 64))],
+    ids=["groups of 2", "batch of 2", "groups of 4"],
+)
+@pytest.mark.parametrize("mode", ["2:1", "6:1"])
+def test_norms_over_few_elements(norm: nn.Module, shape: tuple[int, ...], mode: str) -> None:
+    """Over two elements a norm gives signs, and its backward is what is left of dy: nothing lossy goes in."""
+    model = Lambda(lambda m, x: m[2](m[3](m[2](x)).tanh()), [*Lambda(lambda m, x: x).layers, norm])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    inductor, ours = step(model, [x], "inductor"), step(model, [x], mode)
+    assert max(errors(inductor, ours).values()) <= max(ours.bound, ROUNDING)
+
+
+def test_complex_values_are_kept_and_carry_the_errors_of_what_they_are_rebuilt_from() -> None:
+    def forward(m: nn.ModuleList, x: Tensor) -> Tensor:
+        h = F.gelu(m[0](x))
+        return (
+            torch.fft.rfft(h).abs().square().mean() + (torch.complex(h, h) * (1 + 2j)).abs().square().mean()
+        )
+
+    model = Lambda(forward)
+    inductor, ours = step(model, [rows()], "inductor"), step(model, [rows()], "6:1")
+    found = max(errors(inductor, ours).values())
+    assert found <= max(ours.bound, ROUNDING)
+    assert not any(d.codec for d in ours.plans[0].decisions if "complex" in d.storage.dtype)
+    assert all("integers" not in d.reason for d in ours.plans[0].decisions if "complex" in d.storage.dtype)
+
+
+def test_lossless_never_saves_more_than_inductor() -> None:
+    model = Lambda(lambda m, x: m[2](m[2](x).cumprod(-1)))
+    (plan,) = step(model, [rows()], "lossless").plans
+    assert plan.planned_saved_bytes <= plan.baseline_saved_bytes

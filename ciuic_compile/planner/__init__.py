@@ -132,8 +132,8 @@ def _fit_budget(
         return _solve(model, selection, device, 0)
     smallest = min(least.peak, smallest or least.peak)
     raise InfeasibleBudgetError(
-        f"budget {budget / 2**20:.1f} MiB: the smallest planned peak found for this graph is "
-        f"{smallest / 2**20:.1f} MiB ({least.saved / 2**20:.1f} MiB of it saved tensors); "
+        f"budget {budget:,} bytes: the smallest planned peak found for this graph is {smallest:,} bytes "
+        f"({smallest / 2**20:.1f} MiB; {least.saved:,} bytes of it saved tensors); "
         f"raise the budget to {smallest} bytes, or make the batch smaller",
         budget_bytes=budget,
         smallest_bytes=smallest,

@@ -86,7 +86,7 @@ def follows_rules(
             continue
         seen.add(node)
         rebuilt = not captured.is_backward(node) and not compat.must_recompute(node)
-        if rebuilt and not _may_rebuild(node, classes, set(), lossy):
+        if rebuilt and (lossy or node.op == "placeholder") and not _may_rebuild(node, classes, set(), lossy):
             return False
         stack.extend(node.all_input_nodes)
     return True
