@@ -90,3 +90,9 @@ def tensor(node: fx.Node) -> torch.Tensor | None:
     """The node's fake tensor, or None for numbers, tuples and nodes without a value."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
+
+
+def numel(node: fx.Node) -> int:
+    """Elements of the node's value; symbolic sizes at their hints, at least 1."""
+    value = tensor(node)
+    return 1 if value is None else max(1, compat.hint(value.numel()))

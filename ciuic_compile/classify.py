@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import compat
-from .capture import CapturedGraph, owner, tensor
+from .capture import CapturedGraph, numel, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
 from .types import TensorClass
@@ -215,7 +215,7 @@ class Classifier:
             if packet(node) in (aten.exp, aten.exp2)
             and (any(packet(u) is aten.sum for u in _users_through_views(node)) or self._is_relative(node))
         ]
-        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics) - set(starts)
+        return self._upstream(starts) - set(starts)
 
     @cached_property
     def _runs(self) -> dict[fx.Node, int]:
@@ -223,7 +223,7 @@ class Classifier:
         runs: dict[fx.Node, int] = {}
         for node, values, scale in self._norms:
             run = _consecutive(node.meta["val"], scale.meta["val"])
-            for value in self._upstream(values, stop=lambda n: is_contraction(n) or n in self.statistics):
+            for value in self._upstream(values):
                 runs[value] = min(run, runs.get(value, run))
         return runs
 
@@ -244,7 +244,7 @@ class Classifier:
         return [
             value
             for node, values, scale in self._norms
-            if _numel(node) <= FEW * min(_numel(scale), _numel(owner(scale)))  # before it was expanded
+            if numel(node) <= FEW * min(numel(scale), numel(owner(scale)))  # before it was expanded
             for value in values
         ]
 
@@ -266,7 +266,7 @@ class Classifier:
         captured = self._captured
         starts = ill_conditioned_operands(captured.graph, captured.is_backward, exact, self.used_forward)
         starts += self._normalized_over_few()
-        return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
+        return self._upstream(starts)
 
     @cached_property
     def _attention_operands(self) -> dict[TensorClass, set[fx.Node]]:
@@ -274,7 +274,7 @@ class Classifier:
 
         def operands(indices: Iterable[int]) -> set[fx.Node]:
             starts = [n.args[i] for n in calls for i in indices if isinstance(n.args[i], fx.Node)]
-            return self._upstream(starts, stop=lambda n: is_contraction(n) or n in self.statistics)
+            return self._upstream(starts)
 
         outputs = {g for n in calls for g in n.users if compat.is_getitem(g) and g.args[1] == 0}
         outputs |= {n for n in self._forward if owner(n) in outputs}
@@ -284,9 +284,8 @@ class Classifier:
             TensorClass.ATTENTION_OUT: outputs,
         }
 
-    def _upstream(self, starts: Iterable[object], stop: object) -> set[fx.Node]:
-        """``starts`` and everything they are computed from, up to and including ``stop`` nodes."""
-        assert callable(stop)
+    def _upstream(self, starts: Iterable[object]) -> set[fx.Node]:
+        """``starts`` and what they are computed from, up to the last contraction or statistic, included."""
         found: set[fx.Node] = set()
         stack = [n for n in starts if isinstance(n, fx.Node)]
         while stack:
@@ -294,7 +293,7 @@ class Classifier:
             if node in found or node not in self._forward_set or node in self.from_parameters:
                 continue
             found.add(node)
-            if not stop(node):
+            if not is_contraction(node) and node not in self.statistics:
                 stack.extend(node.all_input_nodes)
         return found
 
@@ -331,11 +330,6 @@ def is_dense(value: torch.Tensor) -> bool:
             return False
         expected = expected * value.size(dim)
     return True
-
-
-def _numel(node: fx.Node) -> int:
-    value = tensor(node)
-    return 1 if value is None else max(1, compat.hint(value.numel()))
 
 
 def _consecutive(value: torch.Tensor, scale: torch.Tensor) -> int:

@@ -135,13 +135,12 @@ def _same_value(sent: fx.Node, received: fx.Node) -> bool:
 
 def last_use(node: fx.Node) -> fx.Node:
     """The latest node, in graph order, that reads ``node`` or a view of it (but the output), or itself."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
     latest, stack = node, [node]
     while stack:
         for user in stack.pop().users:
             if user.op == "output":
                 continue
-            latest = max(latest, user, key=order.__getitem__)
+            latest = max(latest, user)
             if compat.is_view(user):
                 stack.append(user)
     return latest

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..capture import CapturedGraph, tensor
+from ..capture import CapturedGraph, numel, tensor
 from ..classify import Classifier, is_contraction, is_reduction, packet
 
 aten = torch.ops.aten
@@ -114,12 +114,6 @@ class Energy:
 
     def _energy(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         return power.get(node, 1.0) * numel(node)
-
-
-def numel(node: fx.Node) -> int:
-    """Elements of the node's value; symbolic sizes at their hints, at least 1."""
-    value = tensor(node)
-    return 1 if value is None else max(1, compat.hint(value.numel()))
 
 
 def is_attention_backward(node: fx.Node) -> bool:

@@ -20,10 +20,10 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..capture import CapturedGraph
+from ..capture import CapturedGraph, numel
 from ..classify import Classifier, packet
 from ..types import TensorClass
-from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward, numel
+from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
 
 aten = torch.ops.aten
 _SUMS = TERMS | {
