@@ -12,7 +12,9 @@ import pytest
 # before torch is imported: nothing of this session may be read from, or left in, the user's caches
 _SESSION = Path(tempfile.mkdtemp(prefix="ciuic-tests-"))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_SESSION / "session")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # xdist already fills the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already fill the cores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from ciuic_compile import ops
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-ROUNDING = 1e-4  # TF32 is off; sums of up to 4,096 terms in another order, and kernels fused otherwise
+ROUNDING = 1e-4  # sums of up to 4,096 terms in another order, and kernels fused otherwise
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """cuDNN takes TF32 by default; matmuls do not."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def trained(
