@@ -103,6 +103,11 @@ class CompileConfig:
             return "not in allow"
         return None
 
+    def unmatched(self, made: Iterable[tuple[str, str]]) -> list[str]:
+        """Patterns of ``allow`` and ``deny`` that match none of these (module, op) pairs."""
+        pairs = sorted(set(made))
+        return [p for p in (*self.allow, *self.deny) if not any(_matches(p, *pair) for pair in pairs)]
+
     def fingerprint(self) -> str:
         """Canonical JSON of everything that can change a plan or the compiled code: all but ``report``.
 

@@ -353,3 +353,14 @@ def test_enable_and_disable_compression(fast: None) -> None:
     assert [p.mode for p in ciuic_compile.plans()] == ["6:1", "2:1"]
     weighted_sum([torch.compile(mlp(), backend="ciuic", options={"report": "off"})(rows())])[0].backward()
     assert ciuic_compile.plans()[-1].mode == "4:1"
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_pattern_that_matches_nothing_is_named() -> None:
+    model = mlp()
+    run = compiled(model, "4:1", options={"deny": ["0", "haed", "aten.*"]})
+    run(rows()).sum().backward()
+    (plan,) = ciuic_compile.plans()
+    assert [n for n in plan.notes if "deny" in n] == [
+        "allow/deny: 'haed' matches no module and no op of this graph"
+    ]

@@ -206,9 +206,18 @@ def make_plan(
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
-        notes=(*selection.notes, *codecs.notes, *notes),
+        notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
         baseline_saved_count=len(model.baseline),
     )
+
+
+def _unmatched(model: MemoryModel) -> list[str]:
+    """A typing error in ``allow``/``deny`` must not go unnoticed; another graph may hold what it names."""
+    if not (model.config.allow or model.config.deny):
+        return []
+    calls = (n for n in model.captured.savable if n.op == "call_function")
+    patterns = model.config.unmatched((model.source(n).module, str(n.target)) for n in calls)
+    return [f"allow/deny: {p!r} matches no module and no op of this graph" for p in patterns]
 
 
 def _decision(
