@@ -90,7 +90,12 @@ def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_byt
     plan_and_rewrite = partitioner.plan_and_rewrite
 
     def plan_only(
-        name: str, memory: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs
+        name: str,
+        memory: MemoryModel,
+        selection: Selection,
+        baseline: Peaks,
+        graphs: Graphs,
+        correction: int = 0,
     ) -> Plan:
         forward, backward = (
             fx.GraphModule(g, copy.deepcopy(g.graph)) for g in (graphs.forward, graphs.backward)
@@ -110,7 +115,7 @@ def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_byt
         return call
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        part = CiuicPartitioner(config, "calibrate", "graph", lambda plan: None)
+        part = CiuicPartitioner(config, "calibrate", "graph")
         return compile_fx(
             gm, example_inputs, inner_compile=run_graph, config_patches={"custom_partitioner_fn": part}
         )

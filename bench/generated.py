@@ -108,7 +108,7 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Graph
     found: list[Graphs] = []
     real_plan, real_trace = partitioner.plan_and_rewrite, compat.trace
 
-    def plan(name: str, model: Any, selection: Any, baseline: Any, graphs: Graphs) -> Any:
+    def plan(name: str, model: Any, selection: Any, baseline: Any, graphs: Graphs, *rest: Any) -> Any:
         on(CUDA, graphs.forward.graph)
         on(CUDA, graphs.backward.graph)
         with pretended_gpu(), mock.patch.object(compat, "trace", trace):

@@ -13,10 +13,11 @@ import torch._inductor.config as inductor_config
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
-from . import cache, compat, report
+from . import cache, compat, compat_wrapper, report
 from .config import CompileConfig, default_config, parse_options
+from .confirm import confirm
 from .devices import profile_for
-from .errors import CiuicError
+from .errors import CiuicError, InfeasibleBudgetError
 from .partitioner import CiuicPartitioner
 from .types import Plan
 
@@ -28,6 +29,8 @@ _CUDA_PATCHES: dict[str, Any] = {
     # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them.
     "reorder_for_peak_memory": False,
 }
+_ROUNDS = 3  # plans that a budget may take until Inductor's schedule agrees
+_DRIFT = 0.01  # of the budget: how far replayed and expected peak may lie apart without planning again
 _plans: list[Plan] = []
 _counter = itertools.count()
 
@@ -70,30 +73,78 @@ def _compile(
             f"{name}: inference (no gradients): compiled as Inductor would, nothing is compressed", config
         )
         return _inductor(gm, example_inputs, patches)
-    key = cache.graph_key(gm, example_inputs, config, profile_for(_device(example_inputs)).name)
-    plans: list[Plan] = []
-
-    def announce(plan: Plan) -> None:
-        plans.append(plan)
-        _plans.append(plan)
-        report.emit(plan, config)
-
-    partitioner = CiuicPartitioner(config, key, name, announce)
-    patches["custom_partitioner_fn"] = partitioner
     if _device(example_inputs).type == "cuda":
         patches = {**_CUDA_PATCHES, **patches}
-    compiled = _inductor(gm, example_inputs, patches)
-    if plans:
-        cache.store(key, plans[-1])
-    elif (stored := cache.load(key)) is not None:  # Inductor's cache was warm: the partitioner never ran
-        announce(replace(stored, name=name))
-    elif _hit_cache():  # warm, but the plan was lost: plan again rather than run unannounced
-        with (
-            inductor_config.patch(force_disable_caches=True),
-            functorch_config.patch(enable_autograd_cache=False),
-        ):
-            compiled = _inductor(gm, example_inputs, patches)
+    compiled, plan = _planned(gm, example_inputs, config, patches, name)
+    if plan is not None:
+        _plans.append(plan)
+        report.emit(plan, config)
     return compiled
+
+
+def _planned(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    config: CompileConfig,
+    patches: Mapping[str, Any],
+    name: str,
+) -> tuple[Callable[..., Any], Plan | None]:
+    """Compile and plan; under a budget, plan again on what Inductor's schedule turned out to need."""
+    key = cache.graph_key(gm, example_inputs, config, profile_for(_device(example_inputs)).name)
+    stored = cache.load(key)
+    correction = stored.correction_bytes if stored else 0
+    attempts: list[tuple[Callable[..., Any], Plan]] = []
+    for _ in range(_ROUNDS):
+        partitioner = CiuicPartitioner(config, key, name, correction)
+        with compat_wrapper.recorded() as recording:
+            try:
+                compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
+            except InfeasibleBudgetError:
+                if any(_fits(plan) for _, plan in attempts):
+                    break
+                raise
+        if not partitioner.called and stored is not None:  # Inductor's cache was warm
+            return compiled, replace(stored, name=name)
+        if not partitioner.called and _caching():  # warm, but the plan was lost: plan again, announce it
+            with (
+                inductor_config.patch(force_disable_caches=True),
+                functorch_config.patch(enable_autograd_cache=False),
+            ):
+                return _planned(gm, example_inputs, config, patches, name)
+        if partitioner.plan is None or partitioner.joint is None:  # nothing depends on the gradients
+            return compiled, None
+        plan = confirm(partitioner.plan, recording, partitioner.joint, example_inputs)
+        if not plan.replayed and stored is not None:  # the code came from a cache, under the same key
+            plan = replace(stored, name=name)
+        attempts.append((compiled, plan))
+        drift = plan.planned_peak_bytes - plan.simulated_peak_bytes
+        if plan.budget_bytes is None or not plan.replayed or drift == correction:
+            break
+        expected = abs(drift - correction) < _DRIFT * plan.budget_bytes
+        if _fits(plan) and (expected or not plan.tightened):
+            break
+        correction = drift
+    fitting = [attempt for attempt in attempts if _fits(attempt[1])]
+    if not fitting:
+        raise _over_budget([plan for _, plan in attempts])
+    compiled, plan = min(fitting, key=lambda attempt: attempt[1].gradient_error)
+    cache.store(key, plan)
+    return compiled, plan
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.budget_bytes is None or plan.planned_peak_bytes <= plan.budget_bytes
+
+
+def _over_budget(tried: Sequence[Plan]) -> InfeasibleBudgetError:
+    least = min(plan.planned_peak_bytes for plan in tried)
+    budget = tried[0].budget_bytes or 0
+    return InfeasibleBudgetError(
+        f"budget {budget:,} bytes: Inductor's schedule of the smallest plan found needs {least:,} bytes "
+        f"({least / 2**20:.1f} MiB); raise the budget to {least} bytes, or make the batch smaller",
+        budget_bytes=budget,
+        smallest_bytes=least,
+    )
 
 
 def plans() -> tuple[Plan, ...]:
@@ -124,7 +175,7 @@ def _device(example_inputs: Sequence[object]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _hit_cache() -> bool:
+def _caching() -> bool:
     return bool(inductor_config.fx_graph_cache) and not inductor_config.force_disable_caches
 
 

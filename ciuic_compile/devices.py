@@ -9,10 +9,18 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A device's name and memory bandwidth (bytes per microsecond, read plus written)."""
+    """What the planner knows about a device.
+
+    Attributes:
+        bytes_per_us: memory bandwidth, bytes read plus written per microsecond.
+        caches: whether torch's caching allocator stands between (CUDA).
+        context_bytes: what a process takes beside the allocator's segments (CUDA context, loaded kernels).
+    """
 
     name: str
     bytes_per_us: float
+    context_bytes: int = 0
+    caches: bool = True
 
     def microseconds(self, nbytes: int) -> float:
         """Time to move ``nbytes`` at full bandwidth, in microseconds."""
@@ -27,7 +35,7 @@ _PROFILES = (
     DeviceProfile("rtx 4090", 0.95e6),
 )
 _GENERIC_GPU = DeviceProfile("gpu", 1.0e6)
-_CPU = DeviceProfile("cpu", 2.0e4)
+_CPU = DeviceProfile("cpu", 2.0e4, caches=False)
 
 
 def profile_for(device: torch.device) -> DeviceProfile:
@@ -36,3 +44,8 @@ def profile_for(device: torch.device) -> DeviceProfile:
         return _CPU if device.type == "cpu" else _GENERIC_GPU
     name = torch.cuda.get_device_name(device).lower()
     return next((p for p in _PROFILES if p.name in name), _GENERIC_GPU)
+
+
+def named(name: str) -> DeviceProfile:
+    """The profile of that name."""
+    return next(p for p in (*_PROFILES, _GENERIC_GPU, _CPU) if p.name == name)

@@ -15,31 +15,40 @@ from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
 from .config import CompileConfig
+from .confirm import joint_of
 from .devices import DeviceProfile, profile_for
 from .errors import VerificationError
 from .passes import Graphs, default_passes, run_pipeline
 from .planner import Selection, choose_codecs, make_plan, select
+from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .types import Plan
 
 
 class CiuicPartitioner(CustomPartitionerFn):
-    """Capture, analyze, plan, report, rewrite, audit: one call is one compiled graph.
+    """Capture, analyze, plan, rewrite, audit: one call is one compiled graph.
 
     Args:
         config: the user's options.
         key: everything that determines the plan, as one string (``cache.graph_key``). Inductor hashes it
             into its own cache keys, so no cached code of another configuration can be hit.
         name: the graph's name in reports.
-        report: called with the plan before anything is compiled or executed.
+        correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
+
+    Attributes:
+        plan: the plan, once called; None when nothing in the graph depends on gradients.
+        joint: how the rewritten graphs belong together.
+        called: whether Inductor asked at all (on a cache hit it does not).
     """
 
-    def __init__(self, config: CompileConfig, key: str, name: str, report: Callable[[Plan], None]) -> None:
+    def __init__(self, config: CompileConfig, key: str, name: str, correction: int = 0) -> None:
         self._config = config
-        self._key = key
+        self._key = f"{key} {correction}" if correction else key
         self._name = name
-        self._report = report
+        self._correction = correction
         self.plan: Plan | None = None
+        self.joint: Joint | None = None
+        self.called = False
 
     def uuid(self) -> str:
         return self._key
@@ -51,6 +60,7 @@ class CiuicPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        self.called = True
         num_fwd_outputs: int = kwargs["num_fwd_outputs"]
         stage: dict[str, Any] = {}
 
@@ -70,14 +80,19 @@ class CiuicPartitioner(CustomPartitionerFn):
             return forward, backward
         graphs = Graphs(forward, backward, num_fwd_outputs)
         self.plan = plan_and_rewrite(
-            self._name, stage["model"], stage["selection"], stage["baseline"], graphs
+            self._name, stage["model"], stage["selection"], stage["baseline"], graphs, self._correction
         )
-        self._report(self.plan)
+        self.joint = joint_of(graphs)
         return graphs.forward, graphs.backward
 
 
 def plan_and_rewrite(
-    name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs
+    name: str,
+    model: MemoryModel,
+    selection: Selection,
+    baseline: Peaks,
+    graphs: Graphs,
+    correction: int = 0,
 ) -> Plan:
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
 
@@ -96,7 +111,8 @@ def plan_and_rewrite(
     def evaluate(codecs: Mapping[str, str]) -> Peaks:
         trial = _copy(graphs)
         run_pipeline(trial, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
-        return simulate(trial.forward.graph, trial.backward.graph, trial.num_fwd_outputs)
+        peaks = simulate(trial.forward.graph, trial.backward.graph, trial.num_fwd_outputs)
+        return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
     codecs = choose_codecs(model, selection, device, evaluate)
     planned = evaluate(codecs.by_name)
@@ -105,6 +121,7 @@ def plan_and_rewrite(
         tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     )
     plan = make_plan(name, model, selection, codecs, baseline, planned, device, notes)
+    plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
     if added:
         plan = replace(
             plan,

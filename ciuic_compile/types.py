@@ -121,11 +121,19 @@ class Plan:
     gap: float = 0.0
     lower_bound: float = 0.0
     budget_bytes: int | None = None
+    tightened: bool = False  # the budget, not the mode, decided how far to compress
     dynamic: bool = False
     device: str = ""
     symbolic_saved_bytes: str = ""
     notes: tuple[str, ...] = ()  # sentences: targets missed, passes that declined, limits
     baseline_saved_count: int = 0
+    simulated_peak_bytes: int = 0  # the rewritten graphs' peak, before Inductor has scheduled them
+    replayed: bool = False  # planned_peak_bytes is of Inductor's own allocations, else simulated_peak_bytes
+    input_bytes: int = 0  # parameters, buffers and inputs of this graph: alive all along
+    gradient_bytes: int = 0  # what the backward returns: counted in the peak once, again while accumulating
+    reserved_bytes: int | None = None  # that the allocator takes from the device, input_bytes included
+    process_bytes: int | None = None  # reserved, and the device context
+    correction_bytes: int = 0  # replayed over simulated peak of an earlier round, when a budget asked for one
 
     @property
     def ratio(self) -> float:

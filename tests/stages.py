@@ -103,7 +103,7 @@ def stages(
     found: list[Stage] = []
 
     def record(
-        name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs
+        name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs, *rest: int
     ) -> Plan | None:
         found.append(Stage(model, selection, baseline, copy_graphs(graphs)))
         return None
@@ -119,7 +119,7 @@ def stages(
         return call
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        part = CiuicPartitioner(config, "test", "graph", lambda plan: None)
+        part = CiuicPartitioner(config, "test", "graph")
         return compile_fx(
             gm,
             example_inputs,

@@ -7,7 +7,7 @@ mode's byte target, the error cap and the budget on the peak.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from torch import fx
@@ -44,6 +44,7 @@ class Codecs:
     lower_bound: float
     gap: float
     notes: tuple[str, ...] = ()
+    tightened: bool = False  # by the budget, beyond the mode's own target
 
     @property
     def by_name(self) -> dict[str, str]:
@@ -102,9 +103,10 @@ def choose_codecs(
             f"{config.mode} is out of reach: "
             f"{baseline_bytes / planned:.2f}:1 is all that {limit} leaves{where}"
         )
+    free = codecs.by_name
     if config.budget is not None:
         codecs = _fit_budget(model, selection, device, codecs, evaluate, config.budget)
-    return Codecs(codecs.chosen, codecs.options, codecs.lower_bound, codecs.gap, tuple(notes))
+    return replace(codecs, notes=tuple(notes), tightened=codecs.by_name != free)
 
 
 def _fit_budget(
@@ -203,6 +205,7 @@ def make_plan(
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
+        tightened=codecs.tightened,
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),

@@ -89,6 +89,7 @@ def _head(plan: Plan, full: bool) -> list[str]:
         f"ciuic plan: {title}",
         "  planned = estimated before the first run; parameters and inputs not counted",
         f"  peak   Inductor {size(peaks[0])}, planned {size(peaks[1])}: {factor(*peaks)}{budget}",
+        *_device(plan),
         f"  saved  Inductor {size(saved[0])}{tensors}, planned {size(saved[1])}: {factor(*saved)}",
         cost,
     ]
@@ -97,6 +98,18 @@ def _head(plan: Plan, full: bool) -> list[str]:
     if full and plan.lower_bound:
         lines.append(f"  optimiser: lower bound {plan.lower_bound:.6g}, gap {percent(plan.gap)}")
     return lines
+
+
+def _device(plan: Plan) -> list[str]:
+    """What the peak becomes on the device, and how far Inductor's schedule moved it."""
+    if not plan.replayed or plan.reserved_bytes is None or plan.process_bytes is None:
+        return []
+    moved = ""
+    if abs(plan.planned_peak_bytes - plan.simulated_peak_bytes) > plan.simulated_peak_bytes // 100:
+        moved = f"; before Inductor scheduled it: {size(plan.simulated_peak_bytes)}"
+    accumulate = f"; accumulating gradients adds {size(plan.gradient_bytes)}" if plan.gradient_bytes else ""
+    reserved = f"reserved {size(plan.reserved_bytes)}, process {size(plan.process_bytes)}"
+    return [f"  memory {reserved} with {size(plan.input_bytes)} of parameters and inputs{accumulate}{moved}"]
 
 
 def _actions(summary: Summary, full: bool) -> list[str]:

@@ -60,6 +60,14 @@ _PLANS = st.builds(
     symbolic_saved_bytes=st.text(max_size=300),
     notes=st.lists(st.text(max_size=800), max_size=8).map(tuple),
     baseline_saved_count=st.integers(0, 10**6),
+    simulated_peak_bytes=_SIZES,
+    replayed=st.booleans(),
+    tightened=st.booleans(),
+    input_bytes=_SIZES,
+    gradient_bytes=_SIZES,
+    reserved_bytes=st.none() | _SIZES,
+    process_bytes=st.none() | _SIZES,
+    correction_bytes=st.integers(-(2**50), 2**50),
 )
 
 

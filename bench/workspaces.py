@@ -1,0 +1,166 @@
+"""Temporaries inside external kernels: measured on this GPU, beside what the plan charges for them.
+
+One call of each op; temporaries = the allocator's peak during the call, less what the call returns. Also what
+a process takes from the device before its first tensor (the context), and cuBLAS's workspace.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench import common
+
+aten = torch.ops.aten
+Case = tuple[str, Callable[[], Any]]
+
+
+def attention(batch: int, heads: int, kv: int, seq: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Forward and backward of the fused attentions that this GPU has."""
+
+    def made(h: int) -> torch.Tensor:
+        return torch.randn(batch, seq, h, dim, device="cuda", dtype=dtype).transpose(1, 2)
+
+    q, k, v = made(heads), made(kv), made(kv)
+    shape = f"{batch}x{heads}/{kv}x{seq}x{dim} {str(dtype).removeprefix('torch.')}"
+    dy = torch.randn_like(q)
+    if dtype != torch.float32:
+        out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        yield f"flash {shape}", lambda: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        yield (
+            f"flash backward {shape}",
+            lambda: aten._scaled_dot_product_flash_attention_backward(
+                dy, q, k, v, out[0], out[1], None, None, seq, seq, 0.0, True, out[6], out[7]
+            ),
+        )
+    if kv == heads:
+        got = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
+        yield (
+            f"efficient {shape}",
+            lambda: aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True),
+        )
+        yield (
+            f"efficient backward {shape}",
+            lambda: aten._scaled_dot_product_efficient_attention_backward(
+                dy, q, k, v, None, got[0], got[1], got[2], got[3], 0.0, [True] * 3 + [False], True
+            ),
+        )
+    if dtype != torch.float32:
+        made_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
+        yield (
+            f"cudnn {shape}",
+            lambda: aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True),
+        )
+        yield (
+            f"cudnn backward {shape}",
+            lambda: aten._scaled_dot_product_cudnn_attention_backward(
+                dy, q, k, v, made_[0], made_[1], made_[6], made_[7], None, None, None, seq, seq, 0.0, True
+            ),
+        )
+
+
+def convolution(
+    batch: int, side: int, channels: int, out: int, kernel: int, stride: int, dtype: torch.dtype
+) -> Iterator[Case]:
+    """Forward and backward in channels-last layout."""
+    last = torch.channels_last
+    x = torch.randn(batch, channels, side, side, device="cuda", dtype=dtype).to(memory_format=last)
+    w = torch.randn(out, channels, kernel, kernel, device="cuda", dtype=dtype).to(memory_format=last)
+    pad = [kernel // 2] * 2
+    shape = f"{batch}x{channels}->{out} {side}^2 k{kernel} s{stride} {str(dtype).removeprefix('torch.')}"
+
+    def forward() -> Any:
+        return aten.convolution(x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], 1)
+
+    dy = torch.randn_like(forward())
+    yield f"convolution {shape}", forward
+
+    def backward() -> Any:
+        mask = [channels > 3, True, False]  # images need no gradient
+        return aten.convolution_backward(dy, x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], 1, mask)
+
+    yield f"convolution_backward {shape}", backward
+
+
+def embedding(tokens: int, vocab: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    """torch's own embedding gradient."""
+    dy = torch.randn(tokens, dim, device="cuda", dtype=dtype)
+    ids = torch.randint(vocab, (tokens,), device="cuda")
+    shape = f"{tokens} of {vocab}x{dim} {str(dtype).removeprefix('torch.')}"
+    yield (
+        f"embedding_dense_backward {shape}",
+        lambda: aten.embedding_dense_backward(dy, ids, vocab, -1, False),
+    )
+
+
+def cases() -> Iterator[Case]:
+    """Shapes of the models in bench/."""
+    half, full = torch.bfloat16, torch.float32
+    for shape in ((4, 32, 32, 2048, 128), (8, 16, 4, 1024, 64), (16, 12, 12, 197, 64), (2, 8, 8, 4096, 64)):
+        yield from attention(*shape, half)
+        yield from attention(*shape, full)
+    for dtype in (half, full):
+        yield from convolution(32, 56, 64, 64, 3, 1, dtype)
+        yield from convolution(32, 56, 256, 64, 1, 1, dtype)
+        yield from convolution(32, 28, 128, 128, 3, 1, dtype)
+        yield from convolution(32, 14, 256, 256, 3, 2, dtype)
+        yield from convolution(32, 224, 3, 64, 7, 2, dtype)
+    for tokens in (2048, 8192):
+        yield from embedding(tokens, 32000, 1024, half)
+        yield from embedding(tokens, 50304, 768, full)
+
+
+def temporaries(call: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of a call's results, and its peak beyond them."""
+    call()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    peak, held = torch.cuda.max_memory_allocated() - start, torch.cuda.memory_allocated() - start
+    del result
+    return held, peak - held
+
+
+def main() -> None:
+    """Measure every case and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    torch.cuda.init()
+    free, total = torch.cuda.mem_get_info()
+    context = total - free
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    product = a @ a
+    workspace = torch.cuda.memory_allocated() - before - product.nbytes
+    free, total = torch.cuda.mem_get_info()
+    after = total - free - torch.cuda.memory_reserved()
+    print(
+        f"context {context / 2**20:.0f} MiB at first, {after / 2**20:.0f} MiB after a matmul; "
+        f"cuBLAS workspace {workspace / 2**20:.2f} MiB"
+    )
+    del a, product
+    rows = []
+    for name, call in cases():
+        try:
+            held, extra = temporaries(call)
+        except Exception as error:
+            rows.append([name, "-", "-", str(error).splitlines()[0][:60]])
+            continue
+        rows.append([name, f"{held / 2**20:.2f}", f"{extra / 2**20:.3f}", str(extra)])
+    common.table("temporaries of external kernels", ("op", "results MiB", "extra MiB", "bytes"), rows)
+    if args.out:
+        found = {"context": context, "context_after": after, "cublas": workspace, "rows": rows}
+        common.write_json(args.out, {"environment": common.environment(common.pick_device()), **found})
+
+
+if __name__ == "__main__":
+    main()

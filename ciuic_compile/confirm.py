@@ -1,0 +1,81 @@
+"""Stage 8: hold the plan against what Inductor scheduled, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from . import compat
+from .allocator import Allocator, CachingAllocator, ExactAllocator
+from .compat_wrapper import Recording
+from .devices import DeviceProfile, named
+from .passes import Graphs
+from .replay import Joint, StepPeaks, Trace, replay
+from .simulate import tensor_bytes
+from .types import Plan
+
+
+def joint_of(graphs: Graphs) -> Joint:
+    """How the rewritten graphs hand tensors from one to the other (``verify`` has checked the order)."""
+    outputs = graphs.forward_outputs()
+    sent = [
+        i
+        for i, n in enumerate(outputs)
+        if i >= graphs.num_fwd_outputs and isinstance(n, fx.Node) and _is_tensor(n)
+    ]
+    arriving = [n for n in graphs.backward.graph.find_nodes(op="placeholder") if _is_tensor(n)]
+    return Joint(
+        outputs=len(outputs),
+        num_fwd_outputs=graphs.num_fwd_outputs,
+        received={n.name: i for n, i in zip(arriving, sent, strict=False)},
+        tangents={n.name: tensor_bytes(n.meta["val"]) for n in arriving[len(sent) :]},
+    )
+
+
+def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[object]) -> Plan:
+    """The plan with the peaks of Inductor's own allocations; with a note where they are not known."""
+    device = named(plan.device)
+    sizes = _storage_sizes(inputs)
+    plan = replace(plan, input_bytes=sum(sizes))
+    forward, backward = recording.forward, recording.backward
+    if forward is None or backward is None:
+        why = next(iter(recording.problems), "Inductor took the code from a cache")
+        return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
+    if len(forward.outputs) != joint.outputs or not set(joint.received) <= set(backward.inputs):
+        why = "Inductor changed what the graphs return"
+        return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
+    peaks = _replay(forward, backward, joint, device, sizes)
+    return replace(
+        plan,
+        planned_peak_bytes=peaks.peak,
+        replayed=True,
+        gradient_bytes=backward.output_bytes,
+        reserved_bytes=peaks.reserved,
+        process_bytes=peaks.reserved + device.context_bytes,
+    )
+
+
+def _replay(
+    forward: Trace, backward: Trace, joint: Joint, device: DeviceProfile, resident: Sequence[int]
+) -> StepPeaks:
+    allocator: Allocator = CachingAllocator() if device.caches else ExactAllocator()
+    for size in resident:
+        allocator.alloc(size)
+    return replay(forward, backward, joint, allocator)
+
+
+def _storage_sizes(inputs: Sequence[object]) -> list[int]:
+    """Bytes of the distinct storages behind a graph's inputs, in order."""
+    sizes: dict[int, int] = {}
+    for value in inputs:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            sizes.setdefault(storage._cdata, compat.hint(storage.nbytes()))
+    return list(sizes.values())
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
