@@ -23,8 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -50,6 +52,15 @@ GPU_SHAPES: dict[str, list[tuple[int, int]]] = {
     "vit": [(64, 224), (32, 160)],
     "llama": [(8, 1024), (2, 2048)],
     "gpt": [(8, 1024), (4, 512)],
+}
+CPU_SHAPES: dict[str, list[tuple[int, int]]] = {  # the same, for size "tiny": activations above parameters
+    "gpt": [(16, 128)],
+    "llama": [(16, 128)],
+    "vit": [(64, 64)],
+    "resnet50": [(16, 64)],
+    "unet": [(16, 32)],
+    "moe": [(16, 128)],
+    "encdec": [(16, 64)],
 }
 CPU_MODELS = ("gpt", "llama", "vit")
 CPU_MODES = ("lossless", "4:1")
@@ -86,8 +97,25 @@ class FirstRun:
         }
 
 
+def empty_kernels() -> AbstractContextManager[object]:
+    """Inductor's CPU kernels do nothing: what is allocated is up to the code around them, and g++ is not run.
+
+    Only for memory: values are whatever was in the memory, and so the step's result means nothing.
+    """
+
+    def nothing(*args: Any, **kwargs: Any) -> Callable[..., None]:
+        return lambda *pointers: None
+
+    return mock.patch("torch._inductor.async_compile.AsyncCompile.cpp_pybinding", nothing)
+
+
 def cell(spec: Spec) -> dict[str, Any]:
     """Compile one model in one configuration, note its predictions, measure one step."""
+    with empty_kernels() if spec["empty_kernels"] else nullcontext():
+        return _cell(spec)
+
+
+def _cell(spec: Spec) -> dict[str, Any]:
     device = torch.device(spec["device"])
     torch.manual_seed(0)
     built, batches, loss_fn = MODELS[spec["model"]](spec["size"], spec["batch"], spec["length"])
@@ -152,13 +180,15 @@ def shape_cells(args: argparse.Namespace, device: torch.device) -> list[Spec]:
     size = args.size or ("medium" if gpu else "tiny")
     models = args.models or (list(GPU_SHAPES) if gpu else list(CPU_MODELS))
     configs = ["inductor", *(args.modes or (MODES if gpu else CPU_MODES))]
-    shapes = {m: GPU_SHAPES[m] if size == "medium" else [(None, None)] for m in models}
+    known = {"medium": GPU_SHAPES, "tiny": CPU_SHAPES}.get(size, {})
+    shapes = {m: known.get(m, [(None, None)]) for m in models}
     shared = {
         "precision": args.precision or ("autocast" if gpu else "fp32"),
         "size": size,
         "device": str(device),
         "budget": None,
         "fraction": None,
+        "empty_kernels": args.empty_kernels,
     }
     cells = [
         {"model": m, "config": config, "batch": shapes[m][i][0], "length": shapes[m][i][1], **shared}
@@ -180,7 +210,7 @@ def budget_cells(results: Sequence[Mapping[str, Any]], fraction: float, mode: st
     return list(cells.values())
 
 
-SPEC = ("model", "config", "batch", "length", "precision", "size", "device")
+SPEC = ("model", "config", "batch", "length", "precision", "size", "device", "empty_kernels")
 
 
 def label(spec: Mapping[str, Any]) -> str:
@@ -304,6 +334,9 @@ def main() -> None:
     )
     parser.add_argument("--budget-mode", default=BUDGET[0], help="the mode of the cells with a budget")
     parser.add_argument("--device")
+    parser.add_argument(
+        "--empty-kernels", action="store_true", help="on a CPU: Inductor's kernels do nothing (g++ is slow)"
+    )
     parser.add_argument("--jobs", type=int, help="cells at a time; default: 8 on a GPU")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds a cell may take")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for everything")
