@@ -57,7 +57,7 @@ class ImageAttention(nn.Module):
 
 
 def twice(x: Tensor) -> Tensor:
-    """Every pixel four times. ``F.interpolate``: Inductor 2.13's bf16 gradient of it is zero on a CPU."""
+    """Every pixel four times."""
     b, c, h, w = x.shape
     return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
