@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -120,15 +123,32 @@ def run_cell(module: str, spec: Mapping[str, Any], timeout: float) -> dict[str, 
 
 
 def run_cells(
-    module: str, specs: Sequence[Mapping[str, Any]], timeout: float, jobs: int, label: Callable[[Any], str]
+    module: str,
+    specs: Sequence[Mapping[str, Any]],
+    timeout: float,
+    jobs: int,
+    label: Callable[[Any], str],
+    end: float = math.inf,
+    each: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> list[dict[str, Any]]:
-    """Run every cell, ``jobs`` at a time, with a line each on stderr; results in the order of ``specs``."""
+    """Run every cell, ``jobs`` at a time, with a line each on stderr; results in the order of ``specs``.
+
+    None runs past ``end`` (of ``time.monotonic``): those that did not start by then fail. ``each`` is called
+    with every result as it comes.
+    """
+    lock = threading.Lock()
     done = 0
 
     def one(spec: Mapping[str, Any]) -> dict[str, Any]:
         nonlocal done
-        result = run_cell(module, spec, timeout)
-        done += 1
+        left = end - time.monotonic()
+        if left > 0:
+            result = run_cell(module, spec, min(timeout, left))
+        else:
+            result = {**spec, "failed": "not started: no time left"}
+        with lock:
+            done += 1
+            each(result)
         state = "FAILED\n" + result["failed"] if "failed" in result else "done"
         print(f"[{done}/{len(specs)}] {label(spec)}: {state}", file=sys.stderr, flush=True)
         return result
