@@ -16,9 +16,9 @@ import torch
 from bench import common, peaks
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Largest |error| of one cell, as a fraction of what was measured (the simulator: planned 5.8 %, baseline
-#: 6.9 %). A replay of Inductor's allocations should get 1 % for the median and 3 % for the 95th.
-ALLOWED = {"planned": 0.08, "replayed": 0.08, "baseline": 0.08}
+#: Largest |error| of one cell, as a fraction of what was measured: 0.6 % planned (attention's own temporaries),
+#: 5.8 % simulated, 6.9 % baseline.
+ALLOWED = {"planned": 0.01, "simulated": 0.08, "baseline": 0.08}
 
 
 @pytest.mark.slow
