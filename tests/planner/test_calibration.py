@@ -23,12 +23,20 @@ def planned(name: str, mode: str) -> tuple[Captured, GradientError]:
 
 
 @pytest.mark.parametrize("mode", ["2:1", "4:1", "6:1"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gpt", "llama", "vit", "resnet50"])
 def test_stated_errors_hold(name: str, mode: str) -> None:
     """The bound holds and is within 6 of the worst parameter; the whole is within a factor of FACTOR."""
     captured, found = planned(name, mode)
     assert found.worst <= captured.plan.gradient_error_bound <= 6 * found.worst
     assert found.whole / FACTOR[name] <= captured.plan.gradient_error <= found.whole * FACTOR[name]
+
+
+@pytest.mark.parametrize("mode", ["2:1", "4:1", "6:1"])
+@pytest.mark.parametrize("name", ["unet", "moe"])
+def test_bounds_hold_for_models_that_were_not_calibrated_on(name: str, mode: str) -> None:
+    """Encoder-decoders are not among them: docs/numerics.md, "What it does not know"."""
+    captured, found = planned(name, mode)
+    assert found.worst <= captured.plan.gradient_error_bound
 
 
 #: Random weights of std 0.02 at width 64 are far from what the guessed energies are about: most of the
