@@ -56,7 +56,11 @@ def run(item: Item, scratch: Path, out: Path, limit: float) -> dict[str, Any]:
     """Run one item; whatever it wrote before its limit still counts."""
     command = [sys.executable, *(part.replace("{tmp}", str(scratch)) for part in item.command)]
     paths = [str(common.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "CIUIC_SAY_AT_ONCE": "1",
+    }
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(

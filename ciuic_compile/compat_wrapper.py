@@ -21,6 +21,7 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
 from .replay import FREE, Event, Trace
+from .workspace import workspace_bytes
 
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
 
@@ -133,6 +134,9 @@ class _Reader:
             self._alias(name, node.get_inputs_that_alias_output()[0])
         elif isinstance(layout, ir.Layout) and not isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
             self._allocate(name, node)
+        extra = _workspace(node)
+        if extra:
+            self._events.append(Event(f"temporaries of {name}", extra, transient=True))
 
     def _allocate(self, storage: str, node: Any, holder: str | None = None) -> None:
         if storage in self._holders:
@@ -174,6 +178,18 @@ def _outputs(node: Any) -> Iterator[Any]:
             stack[:0] = value
         elif isinstance(value, dict):
             stack[:0] = value.values()
+
+
+def _workspace(node: Any) -> int:
+    """Bytes of a CUDA call's own temporaries."""
+    tensors = [i for i in node.inputs if isinstance(i, ir.IRNode) and hasattr(i, "get_size")]
+    device = tensors[0].get_device() if tensors else None
+    if device is None or device.type != "cuda":
+        return 0
+    hint = V.graph.sizevars.optimization_hint
+    shapes = [[int(hint(s, fallback=4096)) for s in t.get_size()] for t in tensors]
+    op = str(getattr(node, "op_overload", "") or "")
+    return workspace_bytes(op, shapes, int(get_dtype_size(tensors[0].get_dtype())))
 
 
 def _nbytes(node: Any) -> int:

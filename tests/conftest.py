@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With CIUIC_SAY_AT_ONCE, say at once why a test failed: a run on a lent machine may be cut short."""
+    if report.failed and os.environ.get("CIUIC_SAY_AT_ONCE"):
+        print(f"\n{report.nodeid}\n{report.longreprtext[-3000:]}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def inductor_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
