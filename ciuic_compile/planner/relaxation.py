@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from .program import ABSENT, Candidate, Decision, Problem, needs
+
+Kind = Literal["started", "needed"]
 
 #: A row takes the exact form at once if at most this many of its values have undecided life times.
 _EXACT_AT_ONCE = 64
@@ -56,8 +59,7 @@ class PeakRow:
     """Bytes alive at one step: ``constant + sum(bytes * expression)``."""
 
     step: int
-    exact: set[int] = field(default_factory=set)  # candidates whose exact term it has; all if `complete`
-    complete: bool = False
+    exact: set[int] = field(default_factory=set)  # candidates whose exact terms it has
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Relaxation:
         self._rows: list[tuple[Sequence[int], Sequence[float], float, float]] = []
         self._peaks: dict[int, PeakRow] = {}
         self._memo: dict[tuple[object, ...], Expr] = {}
+        self._open: dict[tuple[Kind, int, int], int] = {}
         self._structure()
         self._static()
 
@@ -197,12 +200,12 @@ class Relaxation:
             row = self._peaks[step] = PeakRow(step)
             open_here = [v for v in self.undecided if self._open_at(v, step)]
             row.exact = set(open_here) if len(open_here) <= _EXACT_AT_ONCE else set()
-            row.complete = len(row.exact) == len(open_here)
             return True
-        if row.complete or decision is None:
+        if decision is None:
             return False
         first, last = needs(self.problem, decision)
         before = len(row.exact)
+        written = [self._write_out(v, step, decision) for v in sorted(row.exact)]
         for v in self.undecided:
             if last[v] >= 0 and self._open_at(v, step) and v not in row.exact:
                 static = self._bytes_if(v, decision[v], step, self.ranges[v])
@@ -210,7 +213,7 @@ class Relaxation:
                     v, decision[v], step, Range(first[v], first[v], last[v], last[v])
                 ):
                     row.exact.add(v)
-        return len(row.exact) > before
+        return len(row.exact) > before or any(written)
 
     def _open_at(self, v: int, step: int) -> bool:
         r = self.ranges[v]
@@ -262,30 +265,75 @@ class Relaxation:
         r = self.ranges[v]
         if r is None or step < r.first_min:
             return ZERO
-        if step >= r.first_max:
-            return ONE
-        key = ("started", v, step)
-        if key not in self._memo:
-            causes = [self._and(self._rebuilt(w), self.started(w, step)) for w in self.problem.readers[v]]
-            self._memo[key] = self._or(causes)
-        return self._memo[key]
+        return ONE if step >= r.first_max else self._recursive("started", v, step)
 
     def needed_from(self, v: int, step: int) -> Expr:
         """Whether something needs v at this step or after."""
         r = self.ranges[v]
         if r is None or step > r.last_max:
             return ZERO
-        if step <= r.last_min:
-            return ONE
-        key = ("needed", v, step)
+        return ONE if step <= r.last_min else self._recursive("needed", v, step)
+
+    def _recursive(self, kind: Kind, v: int, step: int) -> Expr:
+        """An expression that refers to those of v's readers.
+
+        Written out at once if theirs are known; else a free column stands for it, which is a relaxation,
+        until ``_write_out`` ties it to them.
+        """
+        key = (kind, v, step)
         if key not in self._memo:
-            causes = []
-            for w in self.problem.readers[v]:
-                fused = self.problem.candidates[w].fused
-                later = self.needed_from(w, step) if fused else ~self.started(w, step - 1)
-                causes.append(self._and(self._rebuilt(w), later) if self.ranges[w] else ZERO)
-            self._memo[key] = self._or(causes)
+            causes = self._causes(kind, v, step)
+            if causes is not None:
+                self._memo[key] = self._or(causes)
+            else:
+                self._open[key] = self._auxiliary()
+                self._memo[key] = Expr(0, ((self._open[key], 1),))
         return self._memo[key]
+
+    def _causes(self, kind: Kind, v: int, step: int, write: bool = False) -> list[Expr] | None:
+        """Whether each reader makes v started or needed; None if one has to be written out for that."""
+        causes = []
+        for w in self.problem.readers[v]:
+            r = self.ranges[w]
+            if r is None:
+                continue
+            if kind == "started" or not self.problem.candidates[w].fused:
+                at = step if kind == "started" else step - 1
+                if not write and r.first_min <= at < r.first_max and ("started", w, at) not in self._memo:
+                    return None
+                reason = self.started(w, at) if kind == "started" else ~self.started(w, at)
+            else:
+                if not write and r.last_min < step <= r.last_max and ("needed", w, step) not in self._memo:
+                    return None
+                reason = self.needed_from(w, step)
+            causes.append(self._and(self._rebuilt(w), reason))
+        return causes
+
+    def _write_out(self, v: int, step: int, decision: Decision) -> bool:
+        """Tie the free columns behind v's expressions down, along what this decision rebuilds."""
+        stack: list[tuple[Kind, int, int]] = [("started", v, step), ("started", v, step - 1), ("needed", v, step)]
+        seen: set[tuple[Kind, int, int]] = set()
+        written = False
+        while stack:
+            key = stack.pop()
+            if key in seen or key not in self._memo:
+                continue
+            seen.add(key)
+            kind, u, at = key
+            column = self._open.pop(key, None)
+            if column is not None:
+                causes = self._causes(kind, u, at, write=True)
+                assert causes is not None
+                every = self._or(causes)
+                self._bound([(column, 1), *((c, -k) for c, k in every.terms)], every.constant, every.constant)
+                written = True
+            for w in self.problem.readers[u]:
+                if decision[w] == ABSENT:
+                    if kind == "needed" and self.problem.candidates[w].fused:
+                        stack.append(("needed", w, at))
+                    else:
+                        stack.append(("started", w, at - (kind == "needed")))
+        return written
 
     def _rebuilt(self, v: int) -> Expr:
         return Expr(0, ((self.rebuild[v], 1),))

@@ -109,7 +109,7 @@ def solve(
         return found
     left = max(deadline_s - search.clock.elapsed(), 0.1 * deadline_s)
     if problem.budget is not None:
-        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left)
+        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap)
         if peak is not None and peak.peak_bytes <= problem.budget:
             assert infeasible.decision is not None
             again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
@@ -127,11 +127,11 @@ def solve(
                 rounds=search.rounds + infeasible.rounds,
             )
     if problem.max_saved is not None:
-        _, infeasible = _smallest(replace(problem, budget=None, max_saved=None), "saved", left)
+        _, infeasible = _smallest(replace(problem, budget=None, max_saved=None), "saved", left, gap)
         if not infeasible.proved:
             return replace(infeasible, proved=infeasible.bound > problem.max_saved)
     unlimited = replace(problem, budget=None, max_saved=None, max_variance=None)
-    _, infeasible = _smallest(unlimited, "variance", left)
+    _, infeasible = _smallest(unlimited, "variance", left, gap)
     proved = problem.max_variance is not None and infeasible.bound > problem.max_variance
     return replace(infeasible, proved=proved or search.infeasible)
 
@@ -145,10 +145,10 @@ def _solution(search: Search) -> Solution | None:
 
 
 def _smallest(
-    problem: Problem, metric: Literal["peak", "saved", "variance"], seconds: float
+    problem: Problem, metric: Literal["peak", "saved", "variance"], seconds: float, gap: float
 ) -> tuple[Evaluation | None, Infeasible]:
     """Least peak, saved bytes or variance; ``proved`` says here that there is no decision at all."""
-    search = Search(problem, metric, seconds, 0.0)
+    search = Search(problem, metric, seconds, gap)
     search.run()
     limit: Literal["budget", "saved", "variance"] = "budget" if metric == "peak" else metric
     if search.best is None:
@@ -158,7 +158,7 @@ def _smallest(
     if metric != "variance":
         bound = ceil(bound * (1 - EXACT))
         # HiGHS is exact to a millionth only; whether one byte less is possible is a question it can answer.
-        while bound < search.value(evaluation) and not search.clock.over():
+        while gap <= EXACT and bound < search.value(evaluation) and not search.clock.over():
             less = int(search.value(evaluation)) - 1
             if metric == "peak":
                 tighter = replace(problem, budget=less, time_weight=0.0, variance_weight=0.0)
