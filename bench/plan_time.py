@@ -65,7 +65,7 @@ def layered(layers: int, grads: float = 0.25, noise: float = 0.0) -> Problem:
             index[layer, name] = len(candidates)
             candidates.append(
                 Candidate(
-                    f"{name}{layer}",
+                    f"{name}.{layer}",
                     size,
                     start + position,
                     min(start + position + 2, FORWARD * layers - 1),

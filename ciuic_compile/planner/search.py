@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
@@ -228,19 +229,17 @@ class Search:
             if self.metric == "any" and self.best is not None:
                 return
 
-    def _round(self, fixed: tuple[Floats, Floats] | None = None, seconds: float | None = None) -> bool | None:
+    def _round(self, merge: NDArray[np.int64] | None = None, seconds: float | None = None) -> bool | None:
         """Solve the rows so far once; None when there is no more to do.
 
         Args:
-            fixed: bounds of the 0/1 columns for a search in a neighbourhood, which proves nothing.
+            merge: for each 0/1 column the one that it must equal; such a round finds, but proves nothing.
+            seconds: most seconds for this round.
         """
         rows = self.relaxation.rows()
         objective, scale, ties = self._objective()
         lower, upper = self._capped()
         binaries = self.relaxation.binaries
-        if fixed is not None:
-            lower[:binaries], upper[:binaries] = np.maximum(lower[:binaries], fixed[0]), fixed[1]
-            upper = np.maximum(upper, lower)
         integral = np.zeros(self.relaxation.columns)
         integral[:binaries] = 1
         limit = self.clock.left() if seconds is None else min(seconds, self.clock.left())
@@ -249,26 +248,40 @@ class Search:
             self.offer(())
             self.infeasible = self.best is None
             return None
+        matrix = rows.matrix
+        spread = np.arange(self.relaxation.columns)
+        if merge is not None:
+            merged = np.concatenate([merge, spread[binaries:]])
+            kept, spread = np.unique(merged, return_inverse=True)
+            join = csr_array(
+                (np.ones(spread.size), (np.arange(spread.size), spread)), shape=(spread.size, kept.size)
+            )
+            matrix, objective, integral = matrix @ join, objective @ join, integral[kept]
+            lower = np.array([lower[merged == k].max() for k in kept])
+            upper = np.array([upper[merged == k].min() for k in kept])
+            if (lower > upper).any():
+                return None
         result = milp(
             objective,
             integrality=integral,
             bounds=Bounds(lower, upper),
-            constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
+            constraints=LinearConstraint(matrix, rows.low, rows.high),
             options={"mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2, "time_limit": limit},
         )
         before = self.best
-        if fixed is None:
+        if merge is None:
             self._learn(result.status, result.mip_dual_bound, scale, ties)
         if result.x is None:
             return None
-        raw = self.relaxation.decision(result.x)
+        x = result.x[spread]
+        raw = self.relaxation.decision(x)
         found = self.offer(raw)
         if self.gap() <= self.target and self.best is not None:
             return None
-        if self._separate(tidy(self.problem, raw), result.x, found):
+        if self._separate(tidy(self.problem, raw), x, found):
             return True
         # Optimal for HiGHS and yet a gap: the costs were scaled to a worse answer; scale to this one.
-        return True if result.status == 0 and fixed is None and self.best is not before else None
+        return True if result.status == 0 and merge is None and self.best is not before else None
 
     def _learn(self, status: int, dual: float | None, scale: float, ties: float) -> None:
         """Raise the bound by what HiGHS proved."""
@@ -326,7 +339,30 @@ class Search:
     # -- large problems
 
     def _large(self) -> None:
-        pass
+        """First answers: the same choice for every member of a group, then for every block of layers."""
+        for blocks in (1, 4, 16):
+            merge = self._merged(blocks)
+            if merge is None:
+                return
+            clock = Clock(0.1 * self.clock.left())
+            while not self.clock.over() and not clock.over() and not self.infeasible:
+                if self._round(merge, clock.left()) is None:
+                    break
+
+    def _merged(self, blocks: int) -> NDArray[np.int64] | None:
+        """For each 0/1 column the first of its kind in its block of its group; None without groups."""
+        groups: dict[str, list[int]] = {}
+        for v, c in enumerate(self.problem.candidates):
+            if c.group is not None and self.relaxation.ranges[v] is not None:
+                groups.setdefault(c.group, []).append(v)
+        if all(len(members) < 2 for members in groups.values()):
+            return None
+        merge = np.arange(self.relaxation.binaries)
+        for members in groups.values():
+            for position, v in enumerate(members):
+                first = members[-(-(position * blocks // len(members)) * len(members) // blocks)]
+                merge[self.relaxation.present(v)] = self.relaxation.present(first)
+        return merge
 
 
 def _worst(live: NDArray[np.int64] | Floats, limit: float) -> list[int]:
