@@ -302,14 +302,14 @@ class Search:
     def _separate(self, decision: Decision, x: Floats, found: Evaluation) -> bool:
         """Add rows that this point breaks; False if it breaks none."""
         relaxation, problem = self.relaxation, self.problem
+        limit = np.inf if problem.budget is None else float(problem.budget)
         if self.metric == "peak":
             limit = float(x[relaxation.peak_column]) * relaxation.unit * (1 + EXACT)
-            return any([relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)])
+        if any([relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]):
+            return True
         if found.feasible:
             return False
-        limit = np.inf if problem.budget is None else float(problem.budget)
-        if not any([relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]):
-            self._cut(x, found)
+        self._cut(x, found)
         return True
 
     def _cut(self, x: Floats, found: Evaluation) -> None:
