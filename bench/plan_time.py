@@ -1,7 +1,8 @@
 """How long planning takes: synthetic transformers of growing depth, under several budgets.
 
-``PYTHONPATH=. python bench/plan_time.py [--layers 12 48 250] [--deadline 10]``. Ten storages a layer, sized and timed
-like a Llama's (hidden 4096, 8,192 tokens, bf16); backward steps also hold the gradients that pile up in ``base``.
+``PYTHONPATH=. python bench/plan_time.py [--layers 12 48 250] [--deadline 10]``. Ten storages a layer, sized
+like a Llama's (hidden 4096, 8,192 tokens, bf16), with made-up but plausible times; the gradients of the
+parameters pile up in ``base``.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ def layered(layers: int, grads: float = 0.25, noise: float = 0.0) -> Problem:
             stores = [Store(size)]
             if lossy:
                 us = size / 3.0e6  # bytes a microsecond: 3 TB/s
-                stores.append(Store(int(size * 0.516), us * 2.5, 3e-5 * factor / layers, "int8", unpacked=True))
-                stores.append(Store(int(size * 0.281), us * 2.1, 8e-3 * factor / layers, "int4", unpacked=True))
+                for codec, bytes_left, moved, error in (
+                    ("int8", 0.516, 2.5, 3e-5),
+                    ("int4", 0.281, 2.1, 8e-3),
+                ):
+                    variance = error * factor / layers
+                    stores.append(Store(int(size * bytes_left), us * moved, variance, codec, unpacked=True))
             index[layer, name] = len(candidates)
             candidates.append(
                 Candidate(

@@ -211,9 +211,7 @@ def needs(problem: Problem, decision: Sequence[int]) -> tuple[list[int], list[in
     return first, last
 
 
-def spans(
-    problem: Problem, v: int, choice: int, first: int, last: int
-) -> list[tuple[int, int, int]]:
+def spans(problem: Problem, v: int, choice: int, first: int, last: int) -> list[tuple[int, int, int]]:
     """When a candidate takes how much under a choice: bytes, first and last step of each stretch."""
     c, end = problem.candidates[v], problem.forward_steps - 1
     if choice == ABSENT:

@@ -1,14 +1,7 @@
 """The planning problem as linear rows over 0/1 columns; peak rows are added step by step.
 
 A candidate has one column for each store and one for being rebuilt. When a value's needs depend on what
-else is rebuilt, two families of 0/1 expressions say when it is alive, both conditional on its being
-stored or rebuilt at all:
-
-* ``started(v, t)``: something needs v at step t or before;
-* ``needed_from(v, t)``: something needs v at step t or after.
-
-They refer to nothing but the same expressions of what may be rebuilt from v, at steps t and t - 1. A row
-first carries the bytes that are alive whatever those expressions are; where a step has few undecided
+else is rebuilt, 0/1 expressions say when it is alive (``lifetimes.py``). A row first carries the bytes that are alive whatever those expressions are; where a step has few undecided
 values, or the simulator disagrees, the exact product replaces them. Every stage is a relaxation.
 """
 
@@ -16,42 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from .program import ABSENT, Candidate, Decision, Problem, needs
+from .lifetimes import Expr, Lifetimes, Range
+from .program import ABSENT, Decision, Problem, needs
 
-Kind = Literal["started", "needed"]
-
-#: A row takes the exact form at once if at most this many of its values have undecided life times.
+#: A row takes the exact form at once if at most this many of its values have undecided lifetimes.
 _EXACT_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Expr:
-    """``constant + sum(coefficient * column)``; 0 or 1 wherever the columns are."""
-
-    constant: int
-    terms: tuple[tuple[int, int], ...] = ()
-
-    def __invert__(self) -> Expr:
-        return Expr(1 - self.constant, tuple((c, -k) for c, k in self.terms))
-
-
-ZERO, ONE = Expr(0), Expr(1)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds on the first and the last need of a value, over all decisions in which it is needed."""
-
-    first_min: int
-    first_max: int
-    last_min: int
-    last_max: int
 
 
 @dataclass
@@ -91,11 +58,10 @@ class Relaxation:
         self.columns = self.binaries
         self.unit = unit
         self.peak_column = self._auxiliary() if minimise_peak else -1
-        self.ranges = _ranges(problem)
         self._rows: list[tuple[Sequence[int], Sequence[float], float, float]] = []
         self._peaks: dict[int, PeakRow] = {}
-        self._memo: dict[tuple[object, ...], Expr] = {}
-        self._open: dict[tuple[Kind, int, int], int] = {}
+        self.lifetimes = Lifetimes(problem, self.rebuild, self._auxiliary, self._bound)
+        self.ranges = self.lifetimes.ranges
         self._structure()
         self._static()
 
@@ -113,6 +79,9 @@ class Relaxation:
         for column, k in terms:
             total[column] = total.get(column, 0.0) + k
         self._rows.append((list(total), list(total.values()), low, high))
+
+    def _bound(self, terms: Sequence[tuple[int, int]], low: float, high: float) -> None:
+        self._row([(column, float(k)) for column, k in terms], low, high)
 
     def present(self, v: int) -> list[int]:
         """The columns of which one is 1 if v is stored or rebuilt."""
@@ -176,14 +145,6 @@ class Relaxation:
         self._term_start, self._term_end = table[:, 2], table[:, 3]
         self.constant = np.asarray(problem.base, dtype=np.int64) + np.cumsum(constant[:-1])
 
-    def static_live(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Bytes alive at each step for these (fractional) columns, undecided needs left out."""
-        delta = np.zeros(self.problem.steps + 1)
-        weight = self._term_bytes * x[self._term_column]
-        np.add.at(delta, self._term_start, weight)
-        np.add.at(delta, self._term_end + 1, -weight)
-        return self.constant + np.cumsum(delta[:-1])
-
     def static_bytes(self, step: int) -> NDArray[np.float64]:
         """Bytes of each 0/1 column at one step, undecided needs left out."""
         here = (self._term_start <= step) & (step <= self._term_end)
@@ -205,7 +166,7 @@ class Relaxation:
             return False
         first, last = needs(self.problem, decision)
         before = len(row.exact)
-        written = [self._write_out(v, step, decision) for v in sorted(row.exact)]
+        written = [self.lifetimes.write_out(v, step, decision) for v in sorted(row.exact)]
         for v in self.undecided:
             if last[v] >= 0 and self._open_at(v, step) and v not in row.exact:
                 static = self._bytes_if(v, decision[v], step, self.ranges[v])
@@ -247,129 +208,18 @@ class Relaxation:
 
     def _exact_terms(self, v: int, step: int) -> list[tuple[int, Expr]]:
         c = self.problem.candidates[v]
-        started, needed = self.started(v, step), self.needed_from(v, step)
-        waiting = ~self.started(v, step - 1)
+        started, needed = self.lifetimes.started(v, step), self.lifetimes.needed_from(v, step)
+        waiting = ~self.lifetimes.started(v, step - 1)
         terms: list[tuple[int, Expr]] = []
         whole = [self.rebuild[v]] if self.rebuild[v] >= 0 and not c.fused else []
         for store, column in zip(c.stores, self.stores[v], strict=True):
             mine = Expr(0, ((column, 1),))
-            terms.append((store.nbytes, self._and(mine, waiting if store.unpacked else needed)))
+            terms.append((store.nbytes, self.lifetimes.both(mine, waiting if store.unpacked else needed)))
             whole += [column] if store.unpacked else []
         if whole:
             mine = Expr(0, tuple((column, 1) for column in whole))
-            terms.append((c.size, self._and(mine, self._and(started, needed))))
+            terms.append((c.size, self.lifetimes.both(mine, self.lifetimes.both(started, needed))))
         return terms
-
-    def started(self, v: int, step: int) -> Expr:
-        """Whether something needs v at this step or before."""
-        r = self.ranges[v]
-        if r is None or step < r.first_min:
-            return ZERO
-        return ONE if step >= r.first_max else self._recursive("started", v, step)
-
-    def needed_from(self, v: int, step: int) -> Expr:
-        """Whether something needs v at this step or after."""
-        r = self.ranges[v]
-        if r is None or step > r.last_max:
-            return ZERO
-        return ONE if step <= r.last_min else self._recursive("needed", v, step)
-
-    def _recursive(self, kind: Kind, v: int, step: int) -> Expr:
-        """An expression that refers to those of v's readers.
-
-        Written out at once if theirs are known; else a free column stands for it, which is a relaxation,
-        until ``_write_out`` ties it to them.
-        """
-        key = (kind, v, step)
-        if key not in self._memo:
-            causes = self._causes(kind, v, step)
-            if causes is not None:
-                self._memo[key] = self._or(causes)
-            else:
-                self._open[key] = self._auxiliary()
-                self._memo[key] = Expr(0, ((self._open[key], 1),))
-        return self._memo[key]
-
-    def _causes(self, kind: Kind, v: int, step: int, write: bool = False) -> list[Expr] | None:
-        """Whether each reader makes v started or needed; None if one has to be written out for that."""
-        causes = []
-        for w in self.problem.readers[v]:
-            r = self.ranges[w]
-            if r is None:
-                continue
-            if kind == "started" or not self.problem.candidates[w].fused:
-                at = step if kind == "started" else step - 1
-                if not write and r.first_min <= at < r.first_max and ("started", w, at) not in self._memo:
-                    return None
-                reason = self.started(w, at) if kind == "started" else ~self.started(w, at)
-            else:
-                if not write and r.last_min < step <= r.last_max and ("needed", w, step) not in self._memo:
-                    return None
-                reason = self.needed_from(w, step)
-            causes.append(self._and(self._rebuilt(w), reason))
-        return causes
-
-    def _write_out(self, v: int, step: int, decision: Decision) -> bool:
-        """Tie the free columns behind v's expressions down, along what this decision rebuilds."""
-        stack: list[tuple[Kind, int, int]] = [("started", v, step), ("started", v, step - 1), ("needed", v, step)]
-        seen: set[tuple[Kind, int, int]] = set()
-        written = False
-        while stack:
-            key = stack.pop()
-            if key in seen or key not in self._memo:
-                continue
-            seen.add(key)
-            kind, u, at = key
-            column = self._open.pop(key, None)
-            if column is not None:
-                causes = self._causes(kind, u, at, write=True)
-                assert causes is not None
-                every = self._or(causes)
-                self._bound([(column, 1), *((c, -k) for c, k in every.terms)], every.constant, every.constant)
-                written = True
-            for w in self.problem.readers[u]:
-                if decision[w] == ABSENT:
-                    if kind == "needed" and self.problem.candidates[w].fused:
-                        stack.append(("needed", w, at))
-                    else:
-                        stack.append(("started", w, at - (kind == "needed")))
-        return written
-
-    def _rebuilt(self, v: int) -> Expr:
-        return Expr(0, ((self.rebuild[v], 1),))
-
-    def _and(self, a: Expr, b: Expr) -> Expr:
-        if ZERO in (a, b):
-            return ZERO
-        if a == ONE or a == b:
-            return b
-        if b == ONE:
-            return a
-        key = ("and", a, b)
-        if key not in self._memo:
-            p = self._auxiliary()
-            for side in (a, b):
-                self._bound([(p, 1), *((c, -k) for c, k in side.terms)], -np.inf, side.constant)
-            both = [(p, 1), *((c, -k) for c, k in (*a.terms, *b.terms))]
-            self._bound(both, a.constant + b.constant - 1, np.inf)
-            self._memo[key] = Expr(0, ((p, 1),))
-        return self._memo[key]
-
-    def _or(self, causes: Sequence[Expr]) -> Expr:
-        causes = [c for c in dict.fromkeys(causes) if c != ZERO]
-        if ONE in causes:
-            return ONE
-        if len(causes) < 2:
-            return causes[0] if causes else ZERO
-        p = self._auxiliary()
-        for cause in causes:
-            self._bound([(p, 1), *((c, -k) for c, k in cause.terms)], cause.constant, np.inf)
-        every = [(p, 1), *((c, -k) for cause in causes for c, k in cause.terms)]
-        self._bound(every, -np.inf, sum(c.constant for c in causes))
-        return Expr(0, ((p, 1),))
-
-    def _bound(self, terms: Sequence[tuple[int, int]], low: float, high: float) -> None:
-        self._row([(column, float(k)) for column, k in terms], low, high)
 
     def _peak_row(self, row: PeakRow) -> tuple[list[int], list[float], float]:
         constant = int(self.constant[row.step])
@@ -417,28 +267,3 @@ def _scaled(coefficients: NDArray[np.float64], bound: float) -> NDArray[np.float
     if bound <= 0:
         return (coefficients > 0).astype(float)
     return np.minimum(coefficients / bound, 2.0)
-
-
-def _ranges(problem: Problem) -> list[Range | None]:
-    """Where the first and last needs of each value may lie; None if nothing can need it."""
-    found: list[Range | None] = [None] * len(problem.candidates)
-    for v in reversed(range(len(problem.candidates))):
-        c: Candidate = problem.candidates[v]
-        readers = [
-            (r, problem.candidates[w].fused) for w in problem.readers[v] if (r := found[w]) is not None
-        ]
-        if not c.reads and not readers:
-            continue
-        first_max = min(c.reads) if c.reads else max(r.first_max for r, _ in readers)
-        last_min = (
-            max(c.reads)
-            if c.reads
-            else min(r.last_min if fused else r.first_min for r, fused in readers)
-        )
-        found[v] = Range(
-            first_min=min([*c.reads, *(r.first_min for r, _ in readers)]),
-            first_max=first_max,
-            last_min=last_min,
-            last_max=max([*c.reads, *(r.last_max if fused else r.first_max for r, fused in readers)]),
-        )
-    return found

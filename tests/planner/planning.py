@@ -76,9 +76,7 @@ class Every:
 def every(problem: Problem) -> Every:
     """Enumerate; written apart from the simulator, over all decisions at once."""
     cs, steps = problem.candidates, problem.steps
-    choices = [
-        [*range(len(c.stores)), *([ABSENT] if c.rebuild or not c.reads else [])] for c in cs
-    ]
+    choices = [[*range(len(c.stores)), *([ABSENT] if c.rebuild or not c.reads else [])] for c in cs]
     decisions = np.array(list(product(*choices)), dtype=np.int64).reshape(-1, len(cs))
     total = len(decisions)
     first, last = np.empty((total, len(cs)), dtype=int), np.empty((total, len(cs)), dtype=int)

@@ -16,7 +16,7 @@ import pytest
 
 from bench.plan_time import budgets, layered
 from ciuic_compile.planner.assign import Option, assign
-from ciuic_compile.planner.program import ABSENT, Candidate, Problem, Rebuild, Store, evaluate
+from ciuic_compile.planner.program import Candidate, Problem, Rebuild, Store, evaluate
 from ciuic_compile.planner.solve import Infeasible, Live, Solution, prices, solve
 from tests.planner.planning import Every, every, random_problem
 
@@ -293,5 +293,3 @@ def test_hash_seeds_change_nothing() -> None:
         )
         seen.add(result.stdout.strip().splitlines()[-1])
     assert len(seen) == 1
-
-
