@@ -154,7 +154,7 @@ class Lifetimes:
         """1 where both are."""
         if ZERO in (a, b):
             return ZERO
-        if a == ONE or a == b:
+        if a in (ONE, b):
             return b
         if b == ONE:
             return a

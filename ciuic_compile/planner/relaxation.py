@@ -1,8 +1,9 @@
 """The planning problem as linear rows over 0/1 columns; peak rows are added step by step.
 
 A candidate has one column for each store and one for being rebuilt. When a value's needs depend on what
-else is rebuilt, 0/1 expressions say when it is alive (``lifetimes.py``). A row first carries the bytes that are alive whatever those expressions are; where a step has few undecided
-values, or the simulator disagrees, the exact product replaces them. Every stage is a relaxation.
+else is rebuilt, 0/1 expressions say when it is alive (``lifetimes.py``). A row first carries the bytes
+that are alive whatever those expressions are; where a step has few undecided values, or the simulator
+disagrees, the exact product replaces them. Every stage is a relaxation.
 """
 
 from __future__ import annotations
@@ -148,14 +149,18 @@ class Relaxation:
     def static_bytes(self, step: int) -> NDArray[np.float64]:
         """Bytes of each 0/1 column at one step, undecided needs left out."""
         here = (self._term_start <= step) & (step <= self._term_end)
-        found = np.zeros(self.binaries)
+        found: NDArray[np.float64] = np.zeros(self.binaries)
         np.add.at(found, self._term_column[here], self._term_bytes[here])
         return found
 
     # -- peak rows
 
     def add_peak(self, step: int, decision: Decision | None = None) -> bool:
-        """Add the row of a step, or the exact terms that this decision shows to be missing; False if neither."""
+        """Add the row of a step, or the exact terms that this decision shows to be missing there.
+
+        Returns:
+            whether there was anything to add.
+        """
         row = self._peaks.get(step)
         if row is None:
             row = self._peaks[step] = PeakRow(step)

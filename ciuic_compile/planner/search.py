@@ -305,7 +305,8 @@ class Search:
         limit = np.inf if problem.budget is None else float(problem.budget)
         if self.metric == "peak":
             limit = float(x[relaxation.peak_column]) * relaxation.unit * (1 + EXACT)
-        if any([relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]):
+        added = [relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]
+        if any(added):
             return True
         if found.feasible:
             return False
