@@ -20,7 +20,7 @@ from ciuic_compile.planner.program import (
     Store,
     evaluate,
 )
-from ciuic_compile.planner.solve import Solution, solve
+from ciuic_compile.planner.solve import Infeasible, Solution, solve
 
 MIB = 2**20
 
@@ -96,6 +96,11 @@ def budgets(problem: Problem, shares: tuple[float, ...]) -> list[int]:
     return [int(low + share * (high - low)) for share in shares]
 
 
+def _gib(found: Infeasible) -> str:
+    smallest = "?" if found.smallest is None else f"{found.smallest / 2**30:.2f}"
+    return f"{found.bound / 2**30:.2f} to {smallest} GiB"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -118,7 +123,7 @@ def main() -> None:
                 what = (
                     f"{found.gap:.4%} | {found.evaluation.cost / 1e3:.2f}"
                     if isinstance(found, Solution)
-                    else f"infeasible ({found.smallest}) |"
+                    else f"{'infeasible' if found.proved else 'none found'}: {_gib(found)} |"
                 )
                 print(
                     f"| {layers} | {len(problem.candidates)} | {grads} | {share} | {seconds:.2f} "

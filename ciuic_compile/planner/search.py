@@ -110,6 +110,8 @@ class Search:
         self._build()
         if self.relaxation.binaries > _SMALL:
             self._large()
+            if self.best is not None and EXACT < self.target >= self.gap():
+                return
         self._exact()
 
     def _done_early(self) -> bool:
@@ -340,7 +342,12 @@ class Search:
     # -- large problems
 
     def _large(self) -> None:
-        """First answers: the same choice for every member of a group, then for every block of layers."""
+        """First a bound, then answers with one choice for each group, and for each block of its layers."""
+        for _ in range(2):
+            if self._round(None, 0.2 * self.clock.left()) is None or self.infeasible:
+                break
+        if self.best is not None and self.gap() <= self.target:
+            return
         for blocks in (1, 4, 16):
             merge = self._merged(blocks)
             if merge is None:

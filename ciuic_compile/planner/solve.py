@@ -18,7 +18,7 @@ from .program import ABSENT, Decision, Evaluation, Problem, evaluate, live_at
 from .search import EXACT, Search
 
 #: Share of the deadline for the first search; the rest is for what to say if it finds nothing.
-_FIRST = 0.75
+_FIRST = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def _smallest(
     return evaluation, Infeasible(limit, value, min(bound, value), False, decision, step, (), rounds)
 
 
-def _live(problem: Problem, found: Infeasible, most: int = 32) -> tuple[Live, ...]:
+def _live(problem: Problem, found: Infeasible, most: int = 12) -> tuple[Live, ...]:
     """The largest candidates at the peak of the decision with the smallest peak."""
     if found.decision is None:
         return ()

@@ -127,7 +127,7 @@ def test_ties_go_to_less_variance_then_to_fewer_bytes() -> None:
 
 def test_one_byte_of_a_hundred_gigabytes_counts() -> None:
     """HiGHS takes a millionth for nothing; that is over a megabyte here."""
-    sizes = [10**10 + 7 * i for i in range(8)]
+    sizes = [10**10 + 7 * i for i in range(6)]
     stores = [(Store(n), Store(n - 3, 1.0 + i, 0.0, "c")) for i, n in enumerate(sizes)]
     values = tuple(Candidate(f"v{i}", n, 0, 0, (1,), stores[i]) for i, n in enumerate(sizes))
     # in the forward an encoded value counts twice; the base makes the backward the tight place
@@ -136,9 +136,9 @@ def test_one_byte_of_a_hundred_gigabytes_counts() -> None:
     for less, cost in ((0, 0.0), (1, 1.0), (3, 1.0), (4, 3.0), (6, 3.0), (7, 6.0)):
         found = solve(replace(problem, budget=kept - less), gap=0.0)
         assert isinstance(found, Solution) and found.evaluation.cost == cost
-    too_small = solve(replace(problem, budget=kept - 25), gap=0.0)
+    too_small = solve(replace(problem, budget=kept - 19), gap=0.0)
     assert isinstance(too_small, Infeasible) and too_small.proved
-    assert too_small.smallest == too_small.bound == kept - 24
+    assert too_small.smallest == too_small.bound == kept - 18
 
 
 def test_the_least_error_for_a_byte_target_is_what_assign_finds() -> None:
@@ -192,10 +192,10 @@ def test_infeasible_names_what_is_alive_and_cannot_be_smaller() -> None:
 
 
 def test_a_budget_no_schedule_can_meet_is_proved_so() -> None:
-    problem = layered(12, 0.25)
-    found = solve(replace(problem, budget=2**30))
+    problem = layered(12, 0.8)
+    found = solve(replace(problem, budget=2**32))
     assert isinstance(found, Infeasible) and found.proved and found.smallest is not None
-    assert 2**30 < found.bound <= found.smallest
+    assert 2**32 < found.bound <= found.smallest
     again = solve(replace(problem, budget=int(found.smallest)), starts=[found.decision or ()])
     assert isinstance(again, Solution)
 
