@@ -97,6 +97,8 @@ def solve(
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
+    The answer is the same every time, on every machine, unless a share of the deadline runs out first.
+
     Args:
         deadline_s: seconds after which the best decision so far is returned, with its gap.
         gap: relative distance to the optimum that is good enough; 0.0 asks for the optimum.

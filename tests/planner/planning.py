@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from ciuic_compile.planner.program import ABSENT, Candidate, Problem, Rebuild, Store
 
 
-def random_problem(rng: random.Random, largest: int = 7) -> Problem:
-    """A small problem without limits: chains, shared inputs, fused values, values nothing reads."""
-    forward, backward = rng.randint(1, 6), rng.randint(1, 7)
+def random_problem(rng: random.Random, largest: int = 7, chains: bool = False) -> Problem:
+    """A small problem without limits: chains, shared inputs, fused values, values nothing reads.
+
+    Args:
+        chains: mostly rebuilds of rebuilds, so that few lifetimes are certain.
+    """
+    forward, backward = rng.randint(1, 5), rng.randint(2, 9)
     scale = rng.choice([1, 10, 10**6, 10**11])
     cost = rng.choice([1e-2, 1.0, 1e6])
     count = rng.randint(1, largest)
@@ -23,15 +27,17 @@ def random_problem(rng: random.Random, largest: int = 7) -> Problem:
     for i in range(count):
         produced = rng.randrange(forward)
         size = rng.randint(1, 20) * scale + rng.choice([0, 0, rng.randint(0, scale)])
-        reads = rng.sample(range(backward), min(backward, rng.choice([0, 1, 1, 1, 2, 3])))
+        reads = rng.sample(
+            range(backward), min(backward, rng.choice([0, 0, 1] if chains else [0, 1, 1, 1, 2, 3]))
+        )
         stores = [Store(size)] if rng.random() < 0.9 else []
         for name in ("int8", "int4")[: rng.choice([0, 0, 1, 1, 2] if count < 7 else [0, 0, 0, 1])]:
             nbytes = rng.choice([size // 2, size // 4, rng.randint(0, size)])
             time_us = rng.choice([0.0, rng.uniform(0, 10)]) * cost
             stores.append(Store(nbytes, time_us, rng.choice([1e-4, rng.random()]), name, rng.random() < 0.6))
         rebuild = None
-        if rng.random() < 0.5:
-            inputs = rng.sample(range(i), min(i, rng.choice([0, 1, 1, 2])))
+        if rng.random() < (0.85 if chains else 0.5):
+            inputs = rng.sample(range(i), min(i, rng.choice([1, 2] if chains else [0, 1, 1, 2])))
             rebuild = Rebuild(rng.choice([0.0, rng.uniform(0, 10)]) * cost, tuple(sorted(inputs)))
         if not stores and rebuild is None:
             stores.append(Store(size))
@@ -47,7 +53,12 @@ def random_problem(rng: random.Random, largest: int = 7) -> Problem:
                 fused=rebuild is not None and rng.random() < 0.3,
             )
         )
-    base = tuple(rng.choice([0, 0, rng.randint(0, 10) * scale]) for _ in range(forward + backward))
+    # Without a lift the forward, where nothing is undecided, would nearly always be the tight place.
+    lift = rng.choice([0, 1, 1, 1]) * 2 * sum(c.size for c in candidates)
+    base = tuple(
+        rng.choice([0, 0, rng.randint(0, 10) * scale]) + (lift if t >= forward else 0)
+        for t in range(forward + backward)
+    )
     return Problem(forward, base, tuple(candidates), fixed_saved=rng.choice([0, scale]))
 
 
