@@ -1,0 +1,383 @@
+"""One branch-and-cut search: the best decision by one measure, with a bound that holds.
+
+``solve.py`` says how it is used; ``relaxation.py`` holds the rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import fsum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
+from .relaxation import Relaxation
+
+Metric = Literal["cost", "peak", "saved", "variance", "any"]
+Floats = NDArray[np.float64]
+
+#: Gaps below this are HiGHS's tolerances.
+EXACT = 1e-6
+
+#: What the best cost so far is scaled to, so that HiGHS's absolute gap of 1e-6 is far below EXACT.
+_SCALE = 1e4
+
+#: Share of the cost that all ties together may weigh: variance first, then bytes.
+_TIES = (2e-7, 2e-8)
+
+#: More 0/1 columns than this are first reduced by the linear relaxation.
+_SMALL = 400
+
+#: Peak rows added at a time.
+_ROWS = 12
+
+
+class Clock:
+    """Seconds since it was made, and how many of its allowance are left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._start, self._seconds = time.perf_counter(), seconds
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start
+
+    def left(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self._seconds - self.elapsed())
+
+    def over(self) -> bool:
+        """Whether nothing is left."""
+        return self.left() <= 0.0
+
+
+class Search:
+    """Minimise one measure of a decision within the problem's limits.
+
+    Args:
+        metric: "any" stops at the first decision within the limits.
+        gap: relative gap at which to stop.
+
+    Attributes:
+        best: the best decision within the limits so far, with its evaluation.
+        bound: no such decision has a smaller measure.
+        infeasible: there is none, proved.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        metric: Metric,
+        seconds: float,
+        gap: float,
+        starts: Sequence[Decision] = (),
+    ) -> None:
+        self.problem, self.metric, self.starts = problem, metric, starts
+        self.clock = Clock(seconds)
+        self.target = max(gap, EXACT)
+        self.best: tuple[Decision, Evaluation] | None = None
+        self.bound = 0.0
+        self.infeasible = False
+        self.rounds = 0
+
+    def value(self, evaluation: Evaluation) -> float:
+        """The measure."""
+        if self.metric == "peak":
+            return float(evaluation.peak_bytes)
+        if self.metric == "saved":
+            return float(evaluation.saved_bytes)
+        if self.metric == "variance":
+            return evaluation.variance
+        return evaluation.cost if self.metric == "cost" else 0.0
+
+    def gap(self) -> float:
+        """Relative distance of the best from the bound; 1.0 without one."""
+        if self.best is None:
+            return 1.0
+        value = self.value(self.best[1])
+        return max(0.0, (value - self.bound) / value) if value > 0 else 0.0
+
+    def run(self) -> None:
+        """Search until the gap is closed, nothing can be found, or time is up."""
+        self.seed()
+        if self._done_early():
+            return
+        self._build()
+        if self.relaxation.binaries > _SMALL:
+            self._large()
+            if self.best is not None and EXACT < self.target >= self.gap():
+                return
+        self._exact()
+
+    def _done_early(self) -> bool:
+        return self.metric == "any" and self.best is not None
+
+    # -- decisions
+
+    def offer(self, decision: Decision) -> Evaluation:
+        """Evaluate a decision and keep it if it is the best so far."""
+        decision = tidy(self.problem, decision)
+        found = evaluate(self.problem, decision)
+        if found.feasible and (self.best is None or self._better(found, self.best[1])):
+            self.best = decision, found
+        return found
+
+    def _better(self, a: Evaluation, b: Evaluation) -> bool:
+        x, y = self.value(a), self.value(b)
+        if abs(x - y) > 1e-12 * max(x, y):
+            return x < y
+        return (a.variance, a.saved_bytes) < (b.variance, b.saved_bytes)
+
+    def seed(self) -> None:
+        """Decisions that need no solver: the cheapest and the smallest choices."""
+        for decision in self.starts:
+            self.offer(decision)
+        cheap, small, rebuilt = [], [], []
+        for c in self.problem.candidates:
+            order = range(len(c.stores))
+            cost = [self.problem.cost(s.time_us, s.variance) for s in c.stores]
+            cheap.append(min(order, key=lambda k: (cost[k], c.stores[k].nbytes), default=ABSENT))
+            small.append(min(order, key=lambda k: (c.stores[k].nbytes, cost[k]), default=ABSENT))
+            rebuilt.append(ABSENT if c.rebuild else small[-1])
+        for choices in (cheap, small, rebuilt):
+            self.offer(tuple(choices))
+
+    # -- the program
+
+    def _build(self) -> None:
+        problem = self.problem
+        peak = self.metric == "peak"
+        unit = max(1, self.best[1].peak_bytes if self.best else sum(c.size for c in problem.candidates))
+        self.relaxation = relaxation = Relaxation(problem, peak, unit)
+        stores = [
+            problem.candidates[v].stores[k] if k != ABSENT else None
+            for v, k in zip(relaxation.owner, relaxation.choice, strict=True)
+        ]
+        rebuilds = [problem.candidates[v].rebuild for v in relaxation.owner]
+        self.saved = np.array([float(s.nbytes) if s else 0.0 for s in stores])
+        self.variance = np.array([s.variance if s else 0.0 for s in stores])
+        times = np.array(
+            [s.time_us if s else r.time_us if r else 0.0 for s, r in zip(stores, rebuilds, strict=True)]
+        )
+        if self.metric == "cost":
+            self.costs = problem.time_weight * times + problem.variance_weight * self.variance
+        elif self.metric in ("saved", "variance"):
+            self.costs = self.saved if self.metric == "saved" else self.variance
+        else:
+            self.costs = np.zeros(relaxation.binaries)
+        self.offset = float(problem.fixed_saved) if self.metric == "saved" else 0.0
+        self.upper = np.ones(relaxation.binaries)
+        self.lower = np.zeros(relaxation.binaries)
+        for v, r in enumerate(relaxation.ranges):
+            if r is None:
+                self.upper[relaxation.present(v)] = 0.0
+        if problem.max_saved is not None:
+            room = problem.max_saved - problem.fixed_saved
+            self.infeasible |= room < 0
+            relaxation.limit(self.saved, float(max(room, 0)))
+        if problem.max_variance is not None:
+            self.infeasible |= problem.max_variance < 0
+            relaxation.limit(self.variance, max(problem.max_variance, 0.0))
+        if problem.budget is not None and relaxation.constant.size:
+            self.infeasible |= bool(relaxation.constant.max() > problem.budget)
+        if peak and relaxation.constant.size:
+            relaxation.add_peak(int(relaxation.constant.argmax()))
+
+    def _objective(self) -> tuple[Floats, float, float]:
+        """Scaled objective of all columns, its scale, and by how much ties may raise the unscaled value."""
+        binaries = self.relaxation.binaries
+        objective = np.zeros(self.relaxation.columns)
+        if self.metric == "peak":
+            objective[self.relaxation.peak_column] = _SCALE
+            return objective, self.relaxation.unit / _SCALE, 0.0
+        if self.metric == "any":
+            return objective, 1.0, 0.0
+        value = self.value(self.best[1]) - self.offset if self.best else float(self.costs.max(initial=0.0))
+        ties = np.zeros(binaries)
+        if self.metric == "cost":
+            for column, weight in zip((self.variance, self.saved), _TIES, strict=True):
+                total = float(sum(column[c].max() for c in self.relaxation.stores if c))
+                ties += column * (weight / total if total > 0 else 0.0)
+        if value <= 0:  # what costs anything is out: only ties are left to decide
+            objective[:binaries] = ties * (_SCALE / _TIES[0])
+            return objective, 0.0, 0.0
+        objective[:binaries] = (self.costs / value + ties) * _SCALE
+        return objective, value / _SCALE, value * sum(_TIES)
+
+    def _capped(self) -> tuple[Floats, Floats]:
+        """Bounds of all columns; what alone costs more than the best so far is left out."""
+        extra = self.relaxation.columns - self.relaxation.binaries
+        lower = np.concatenate([self.lower, np.zeros(extra)])
+        upper = np.concatenate([self.upper, np.ones(extra)])
+        if self.relaxation.peak_column >= 0:
+            upper[self.relaxation.peak_column] = np.inf
+        elif self.best is not None:
+            most = self.value(self.best[1]) - self.offset
+            upper[: self.relaxation.binaries][self.costs > most * (1 + 1e-9)] = 0.0
+            lower = np.minimum(lower, upper)
+        return lower, upper
+
+    def _exact(self) -> None:
+        """Rounds of integer programs until the gap is closed."""
+        while not self.infeasible and not self.clock.over():
+            solved = self._round()
+            if solved is None:
+                return
+            if self.metric == "any" and self.best is not None:
+                return
+
+    def _round(self, merge: NDArray[np.int64] | None = None, seconds: float | None = None) -> bool | None:
+        """Solve the rows so far once; None when there is no more to do.
+
+        Args:
+            merge: for each 0/1 column the one that it must equal; such a round finds, but proves nothing.
+            seconds: most seconds for this round.
+        """
+        rows = self.relaxation.rows()
+        objective, scale, ties = self._objective()
+        lower, upper = self._capped()
+        binaries = self.relaxation.binaries
+        integral = np.zeros(self.relaxation.columns)
+        integral[:binaries] = 1
+        limit = self.clock.left() if seconds is None else min(seconds, self.clock.left())
+        self.rounds += 1
+        if self.relaxation.columns == 0:
+            self.offer(())
+            self.infeasible = self.best is None
+            return None
+        matrix = rows.matrix
+        spread = np.arange(self.relaxation.columns)
+        if merge is not None:
+            merged = np.concatenate([merge, spread[binaries:]])
+            kept, spread = np.unique(merged, return_inverse=True)
+            join = csr_array(
+                (np.ones(spread.size), (np.arange(spread.size), spread)), shape=(spread.size, kept.size)
+            )
+            matrix, objective, integral = matrix @ join, objective @ join, integral[kept]
+            lower = np.array([lower[merged == k].max() for k in kept])
+            upper = np.array([upper[merged == k].min() for k in kept])
+            if (lower > upper).any():
+                return None
+        result = milp(
+            objective,
+            integrality=integral,
+            bounds=Bounds(lower, upper),
+            constraints=LinearConstraint(matrix, rows.low, rows.high),
+            options={"mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2, "time_limit": limit},
+        )
+        before = self.best
+        if merge is None:
+            self._learn(result.status, result.mip_dual_bound, scale, ties)
+        if result.x is None:
+            return None
+        x = result.x[spread]
+        raw = self.relaxation.decision(x)
+        found = self.offer(raw)
+        if self.gap() <= self.target and self.best is not None:
+            return None
+        if self._separate(tidy(self.problem, raw), x, found):
+            return True
+        # Optimal for HiGHS and yet a gap: the costs were scaled to a worse answer; scale to this one.
+        return True if result.status == 0 and merge is None and self.best is not before else None
+
+    def _learn(self, status: int, dual: float | None, scale: float, ties: float) -> None:
+        """Raise the bound by what HiGHS proved."""
+        if status == 2:
+            if self.best is None:
+                self.infeasible = True
+                self.bound = np.inf
+            else:
+                self.bound = max(self.bound, self.value(self.best[1]))
+        elif dual is not None and np.isfinite(dual):
+            proved = dual * scale - ties + self.offset
+            if self.best is not None:  # what cannot beat the best was left out
+                proved = min(proved, self.value(self.best[1]))
+            self.bound = max(self.bound, proved)
+
+    # -- rows for what the simulator rejects
+
+    def _separate(self, decision: Decision, x: Floats, found: Evaluation) -> bool:
+        """Add rows that this point breaks; False if it breaks none."""
+        relaxation, problem = self.relaxation, self.problem
+        limit = np.inf if problem.budget is None else float(problem.budget)
+        if self.metric == "peak":
+            limit = float(x[relaxation.peak_column]) * relaxation.unit * (1 + EXACT)
+        added = [relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]
+        if any(added):
+            return True
+        if found.feasible:
+            return False
+        self._cut(x, found)
+        return True
+
+    def _cut(self, x: Floats, found: Evaluation) -> None:
+        """Cut off what HiGHS accepts within its tolerance, though it is over a limit."""
+        problem, relaxation = self.problem, self.relaxation
+        chosen = [c for c in range(relaxation.binaries) if x[c] > 0.5]
+        covers: list[tuple[Floats, float]] = []
+        if problem.max_saved is not None and found.saved_bytes > problem.max_saved:
+            covers.append((self.saved, float(problem.max_saved - problem.fixed_saved)))
+        if problem.max_variance is not None and found.variance > problem.max_variance:
+            covers.append((self.variance, problem.max_variance))
+        if problem.budget is not None and found.peak_bytes > problem.budget:
+            room = float(problem.budget - int(relaxation.constant[found.peak_step]))
+            covers.append((relaxation.static_bytes(found.peak_step), room))
+        done = False
+        for sizes, room in covers:
+            largest = [c for c in sorted(chosen, key=lambda c: (-sizes[c], c)) if sizes[c] > 0]
+            for count in range(1, len(largest) + 1):
+                if fsum(sizes[largest[:count]]) > room:
+                    relaxation.forbid(largest[:count])
+                    done = True
+                    break
+        if not done:
+            taken = set(chosen)
+            relaxation.forbid(chosen, [c for c in range(relaxation.binaries) if c not in taken])
+
+    # -- large problems
+
+    def _large(self) -> None:
+        """First a bound, then answers with one choice for each group, and for each block of its layers."""
+        for _ in range(2):
+            if self._round(None, 0.2 * self.clock.left()) is None or self.infeasible:
+                break
+        if self.best is not None and self.gap() <= self.target:
+            return
+        for blocks in (1, 4, 16):
+            merge = self._merged(blocks)
+            if merge is None:
+                return
+            clock = Clock(0.1 * self.clock.left())
+            while not self.clock.over() and not clock.over() and not self.infeasible:
+                if self._round(merge, clock.left()) is None:
+                    break
+
+    def _merged(self, blocks: int) -> NDArray[np.int64] | None:
+        """For each 0/1 column the first of its kind in its block of its group; None without groups."""
+        groups: dict[str, list[int]] = {}
+        for v, c in enumerate(self.problem.candidates):
+            if c.group is not None and self.relaxation.ranges[v] is not None:
+                groups.setdefault(c.group, []).append(v)
+        if all(len(members) < 2 for members in groups.values()):
+            return None
+        merge = np.arange(self.relaxation.binaries)
+        for members in groups.values():
+            for position, v in enumerate(members):
+                first = members[-(-(position * blocks // len(members)) * len(members) // blocks)]
+                merge[self.relaxation.present(v)] = self.relaxation.present(first)
+        return merge
+
+
+def _worst(live: NDArray[np.int64] | Floats, limit: float) -> list[int]:
+    """The steps over the limit, the worst of each stretch, worst first."""
+    over = np.flatnonzero(live > limit)
+    if not over.size:
+        return []
+    stretches = np.split(over, np.flatnonzero(np.diff(over) > 1) + 1)
+    tops = [int(s[np.argmax(live[s])]) for s in stretches]
+    return sorted(tops, key=lambda t: (-live[t], t))[:_ROWS]

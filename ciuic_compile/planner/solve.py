@@ -1,0 +1,233 @@
+"""Solve a planning problem: HiGHS on a growing set of peak rows, judged by the exact simulator.
+
+Each round solves the rows so far, simulates the answer and adds the rows of the steps that are over
+budget. All rows hold for every decision, so each round's dual bound is a bound for the whole problem.
+HiGHS accepts a row that is exceeded by a millionth; the simulator does not, and what it rejects though its
+row is there is cut off by name. Large problems first solve the linear relaxation: its bound and reduced
+costs fix most columns, and a small integer problem around its fractional part gives a first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from .program import ABSENT, Decision, Evaluation, Problem, evaluate, live_at
+from .search import EXACT, Search
+
+#: Share of the deadline for the first search; the rest is for what to say if it finds nothing.
+_FIRST = 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The best decision found.
+
+    Attributes:
+        bound: no decision within the limits costs less.
+        gap: ``(cost - bound) / cost``; 0.0 where it is below HiGHS's own tolerance (1e-6).
+        rounds: programs solved.
+    """
+
+    decision: Decision
+    evaluation: Evaluation
+    bound: float
+    gap: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Live:
+    """A candidate alive at the step that decides, with the fewest bytes it can have there.
+
+    ``least_bytes`` changes this candidate's choice alone; it equals ``nbytes`` where nothing helps.
+    """
+
+    candidate: int
+    nbytes: int
+    least_bytes: int
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """No decision meets the limits, or none was found before the deadline.
+
+    Attributes:
+        limit: the limit that cannot be met, the others holding ("saved" and "variance" are named only
+            if they cannot be met whatever the budget).
+        smallest: the smallest value of that limit for which a decision was found; None if none was.
+        bound: no decision goes below this; equal to ``smallest`` where that is proved.
+        proved: whether ``bound`` is above the limit that was asked for.
+        decision: the one that reaches ``smallest``.
+        step: where it has its peak ("budget" only, else -1).
+        live: the candidates alive there, largest first ("budget" only).
+    """
+
+    limit: Literal["budget", "saved", "variance"]
+    smallest: float | None
+    bound: float
+    proved: bool
+    decision: Decision | None = None
+    step: int = -1
+    live: tuple[Live, ...] = ()
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Price:
+    """What changing the budget changes, in the units of the cost (microseconds, by default).
+
+    Attributes:
+        step_bytes: by how much the budget was moved.
+        more_saves: what one step more saves, with the gap of that plan.
+        less_costs: what one step less costs, with its gap; None if no plan was found there.
+    """
+
+    step_bytes: int
+    more_saves: float
+    more_gap: float
+    less_costs: float | None
+    less_gap: float | None
+
+
+def solve(
+    problem: Problem, deadline_s: float = 10.0, gap: float = 0.005, starts: Sequence[Decision] = ()
+) -> Solution | Infeasible:
+    """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
+
+    The answer is the same every time, on every machine, unless a share of the deadline runs out first.
+
+    Args:
+        deadline_s: seconds after which the best decision so far is returned, with its gap.
+        gap: relative distance to the optimum that is good enough; 0.0 asks for the optimum.
+        starts: decisions known to be good; the answer is no worse than those within the limits.
+    """
+    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts)
+    search.run()
+    found = _solution(search)
+    if found is not None:
+        return found
+    left = max(deadline_s - search.clock.elapsed(), 0.1 * deadline_s)
+    if problem.budget is not None:
+        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap)
+        if peak is not None and peak.peak_bytes <= problem.budget:
+            assert infeasible.decision is not None
+            again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
+            again.seed()
+            again.bound = search.bound
+            found = _solution(again)
+            assert found is not None
+            return replace(found, rounds=search.rounds + infeasible.rounds)
+        if peak is not None or not infeasible.proved:
+            return replace(
+                infeasible,
+                proved=search.infeasible or infeasible.bound > problem.budget,
+                bound=max(infeasible.bound, problem.budget + 1 if search.infeasible else 0),
+                live=_live(problem, infeasible),
+                rounds=search.rounds + infeasible.rounds,
+            )
+    if problem.max_saved is not None:
+        _, infeasible = _smallest(replace(problem, budget=None, max_saved=None), "saved", left, gap)
+        if not infeasible.proved:
+            return replace(infeasible, proved=infeasible.bound > problem.max_saved)
+    unlimited = replace(problem, budget=None, max_saved=None, max_variance=None)
+    _, infeasible = _smallest(unlimited, "variance", left, gap)
+    proved = problem.max_variance is not None and infeasible.bound > problem.max_variance
+    return replace(infeasible, proved=proved or search.infeasible)
+
+
+def _solution(search: Search) -> Solution | None:
+    if search.best is None:
+        return None
+    decision, evaluation = search.best
+    gap = search.gap()
+    return Solution(decision, evaluation, search.bound, gap if gap > EXACT else 0.0, search.rounds)
+
+
+def _smallest(
+    problem: Problem, metric: Literal["peak", "saved", "variance"], seconds: float, gap: float
+) -> tuple[Evaluation | None, Infeasible]:
+    """Least peak, saved bytes or variance; ``proved`` says here that there is no decision at all."""
+    search = Search(problem, metric, seconds, gap)
+    search.run()
+    limit: Literal["budget", "saved", "variance"] = "budget" if metric == "peak" else metric
+    if search.best is None:
+        return None, Infeasible(limit, None, search.bound, search.infeasible, rounds=search.rounds)
+    decision, evaluation = search.best
+    bound, rounds = search.bound, search.rounds
+    if metric != "variance":
+        bound = ceil(bound * (1 - EXACT))
+        # HiGHS is exact to a millionth only; whether one byte less is possible is a question it can answer.
+        while gap <= EXACT and bound < search.value(evaluation) and not search.clock.over():
+            less = int(search.value(evaluation)) - 1
+            if metric == "peak":
+                tighter = replace(problem, budget=less, time_weight=0.0, variance_weight=0.0)
+            else:
+                tighter = replace(problem, max_saved=less, time_weight=0.0, variance_weight=0.0)
+            below = Search(tighter, "any", search.clock.left(), 0.0)
+            below.run()
+            rounds += below.rounds
+            if below.best is not None:
+                decision, evaluation = below.best
+            elif below.infeasible:
+                bound = less + 1
+            else:
+                break
+    value = search.value(evaluation)
+    step = evaluation.peak_step if metric == "peak" else -1
+    return evaluation, Infeasible(limit, value, min(bound, value), False, decision, step, (), rounds)
+
+
+def _live(problem: Problem, found: Infeasible, most: int = 12) -> tuple[Live, ...]:
+    """The largest candidates at the peak of the decision with the smallest peak."""
+    if found.decision is None:
+        return ()
+    decision = found.decision
+    free = replace(problem, budget=None)
+    sizes = live_at(free, decision, found.step)
+    total = int(evaluate(free, decision).live_bytes[found.step])
+    largest = sorted((v for v, size in enumerate(sizes) if size > 0), key=lambda v: (-sizes[v], v))[:most]
+    result = []
+    for v in largest:
+        least = sizes[v]
+        for choice in (ABSENT, *range(len(problem.candidates[v].stores))):
+            changed = evaluate(free, (*decision[:v], choice, *decision[v + 1 :]))
+            if changed.feasible:
+                least = min(least, sizes[v] + int(changed.live_bytes[found.step]) - total)
+        result.append(Live(v, sizes[v], max(least, 0)))
+    return tuple(result)
+
+
+def prices(
+    problem: Problem,
+    solution: Solution,
+    step_bytes: int | None = None,
+    deadline_s: float = 2.0,
+    gap: float = 0.005,
+) -> Price:
+    """What one step of budget is worth, by planning again with one more and one less.
+
+    Args:
+        step_bytes: default the smaller of 1 GiB and a tenth of the budget.
+        deadline_s: seconds for each of the two.
+    """
+    if problem.budget is None:
+        raise ValueError("a plan without a budget has no price of memory")
+    step = step_bytes if step_bytes is not None else max(1, min(2**30, problem.budget // 10))
+    if step <= 0:
+        raise ValueError(f"the step must be positive, not {step}")
+    cost = solution.evaluation.cost
+    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [solution.decision])
+    assert isinstance(more, Solution), "what fits the budget fits a larger one"
+    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap)
+    search.run()
+    less = _solution(search)
+    return Price(
+        step,
+        max(0.0, cost - more.evaluation.cost),
+        more.gap,
+        max(0.0, less.evaluation.cost - cost) if less else None,
+        less.gap if less else None,
+    )
