@@ -23,6 +23,7 @@ from torch._inductor.virtualized import V
 from .replay import FREE, Event, Trace
 from .workspace import workspace_bytes
 
+_SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
 
 
@@ -43,15 +44,20 @@ def recorded() -> Iterator[Recording]:
     """Record the allocations of every graph that Inductor generates code for inside the block."""
     recording = Recording()
     original = wrapper.PythonWrapperCodegen.run_wrapper_ir_passes
+    split: set[bool] = set()  # is_backward of graphs of which a part was generated
 
     def run(self: Any, is_inference: bool) -> None:
         original(self, is_inference)
         if is_inference:
             return
+        if isinstance(self, wrapper.SubgraphPythonWrapperCodegen):  # comes before the whole
+            split.add(V.graph.is_backward)
+            return
         trace = None
         try:
-            if isinstance(self, wrapper.SubgraphPythonWrapperCodegen):
-                raise _Unknown("its generated code is split in parts (CUDA graphs, control flow)")
+            if V.graph.is_backward in split:
+                split.remove(V.graph.is_backward)
+                raise _Unknown(_SPLIT)
             trace = _Reader().read(self.lines)
         except _Unknown as error:
             recording.problems.append(str(error))
@@ -121,7 +127,7 @@ class _Reader:
                 else:
                     self._alias(line.result_name, line.arg_name)
             case "EnterSubgraphLine":
-                raise _Unknown("its generated code is split in parts (CUDA graphs, control flow)")
+                raise _Unknown(_SPLIT)
 
     def _external(self, node: Any) -> None:
         """A call that allocates its own results: all of them at once."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.codegen import wrapper
+from torch._inductor.virtualized import V
 
 import ciuic_compile
 from bench import measure
@@ -120,3 +123,18 @@ def test_a_plan_that_cannot_be_replayed_says_so(monkeypatch: pytest.MonkeyPatch)
     assert not plan.replayed
     assert plan.planned_peak_bytes == plan.simulated_peak_bytes
     assert plan.notes[-1] == "the peak is simulated, not replayed: its generated code is split in parts"
+
+
+def test_the_whole_of_code_in_parts_is_not_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA graphs the allocations are in the parts: the whole's alone would be a false plan."""
+    monkeypatch.setattr(wrapper.PythonWrapperCodegen, "run_wrapper_ir_passes", lambda self, inference: None)
+    graph = SimpleNamespace(is_backward=False, graph_input_names=[], graph_outputs=[])
+    with V.set_graph_handler(graph), compat_wrapper.recorded() as recording:
+        for kind in (wrapper.SubgraphPythonWrapperCodegen, wrapper.PythonWrapperCodegen):
+            code = object.__new__(kind)
+            code.lines = []
+            code.run_wrapper_ir_passes(False)
+        assert recording.forward is None
+        assert recording.problems == ["its generated code is split in parts (CUDA graphs, control flow)"]
+        code.run_wrapper_ir_passes(False)  # the next graph is whole
+        assert recording.forward == Trace((), (), ())
