@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
+from .chunking import choose_chunks
 from .config import CompileConfig
 from .devices import DeviceProfile, profile_for
 from .errors import VerificationError
@@ -52,26 +53,36 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         num_fwd_outputs: int = kwargs["num_fwd_outputs"]
-        stage: dict[str, Any] = {}
+        stage: dict[str, Any] = {"notes": ()}
 
         def choose(
             graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
         ) -> list[fx.Node]:
             captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
-            model = analyze(captured, self._config)
+            model = analyze(captured, self._config, stage.get("original"))
+            if "baseline" not in stage:
+                pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
+                stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+            chunking = choose_chunks(model)
+            stage["notes"] += chunking.notes
+            if chunking.chunk is not None:
+                stage.setdefault("original", model)
+                stage["chunked"] = fx.GraphModule(gm, chunking.chunk.run(captured))
+                return list(captured.baseline_saved)  # for nothing: the chunked graph is partitioned next
             selection = select(model)
-            pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
-            stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
             stage["model"], stage["selection"] = model, selection
             return list(selection.saved)
 
         forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
-        if not stage:  # nothing in this graph depends on the gradients, so nothing is saved for them
+        while (chunked := stage.pop("chunked", None)) is not None:
+            forward, backward = compat.partition_with(chunked, joint_inputs, choose, **kwargs)
+        if "model" not in stage:  # nothing in this graph depends on the gradients, so nothing is saved for them
             return forward, backward
         graphs = Graphs(forward, backward, num_fwd_outputs)
         self.plan = plan_and_rewrite(
             self._name, stage["model"], stage["selection"], stage["baseline"], graphs
         )
+        self.plan = replace(self.plan, notes=(*stage["notes"], *self.plan.notes))
         self._report(self.plan)
         return graphs.forward, graphs.backward
 

@@ -125,6 +125,8 @@ def _may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy:
         return False
     if node in classes.exact:
         return not is_reduction(node)
+    if lossy and node in classes.chunk_inputs and packet(node) is not torch.ops.aten.clone:
+        return False  # its logits, made again, must be those of the forward
     value = tensor(node)
     if lossy and value is not None and not value.dtype.is_floating_point:
         # A mask of lossy values would be another mask; what integers alone determine comes out the same.
