@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from . import compat
+from . import compat, ops
 from .capture import CapturedGraph, numel, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
@@ -162,7 +162,7 @@ class Classifier:
             if node.meta.get(LOSS_CHUNK):
                 source = node.args[-2]
                 while isinstance(source, fx.Node):
-                    moved = compat.is_view(source) or packet(source) is aten.clone
+                    moved = compat.is_view(source) or source.target in (aten.clone.default, ops.AFTER)
                     found.add(owner(source))
                     source = source.all_input_nodes[0] if moved else None
         return found

@@ -44,7 +44,6 @@ __all__ = [
     "renumber_saved_descs",
     "sort",
 ]
-MUST_RECOMPUTE = CheckpointPolicy.MUST_RECOMPUTE
 
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()

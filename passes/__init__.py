@@ -12,7 +12,6 @@ from .lower_codecs import LowerCodecs
 from .native_embedding import NativeEmbedding
 from .place_decodes import PlaceDecodes
 from .place_encodes import PlaceEncodes
-from .place_logits import PlaceLogits
 from .split_decodes import SplitDecodes
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "PassResult",
     "PlaceDecodes",
     "PlaceEncodes",
-    "PlaceLogits",
     "SplitDecodes",
     "default_passes",
     "run_pipeline",
@@ -39,7 +37,6 @@ def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
     return (
         KeepInputs(),  # lossless, as the next: anywhere before the last pass
         NativeEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
-        PlaceLogits(),  # before the decodes are placed, which may be read by what it moves
         InsertCodecs(codecs),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(),  # before the decodes are placed: each then stands before the kernel that reads it

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ciuic_compile import compat
+from ciuic_compile import compat, ops
 from ciuic_compile.capture import CapturedGraph
 from ciuic_compile.compat import packet
 from ciuic_compile.rows import (
@@ -82,6 +82,7 @@ class _Writer:
     late: set[fx.Node]  # what depends on the gradients
     whole: dict[fx.Node, fx.Node] = field(default_factory=dict)  # region node -> its replacement outside
     made: set[fx.Node] = field(default_factory=set)
+    _done: list[fx.Node] = field(default_factory=list)  # what must be there before the next chunk begins
     _flat: dict[tuple[fx.Node, Label, tuple[int, ...]], fx.Node] = field(default_factory=dict)
 
     def statistics(self, nodes: list[fx.Node], bounds: list[tuple[int, int]]) -> None:
@@ -92,6 +93,7 @@ class _Writer:
             chunk: dict[fx.Node, fx.Node] = {}
             for node in wanted:
                 parts[node].append(self._value(node, start, stop, chunk, again=False))
+            self._done = [pieces[-1] for pieces in parts.values()]
         for node, pieces in parts.items():
             joined = self._call(node, aten.cat.default, (pieces,))
             self.whole[node] = self._call(node, aten.view.default, (joined, list(shape_of(node))))
@@ -101,6 +103,9 @@ class _Writer:
         outside = [n for n in nodes if any(u not in self.region.labels for u in n.users)]
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in outside}
         sums: dict[fx.Node, fx.Node] = {}
+        inside = [n for n in (*self.region.labels, *self.region.ends) if n in self.late]
+        outer = dict.fromkeys(i for n in inside for i in n.all_input_nodes if i in self.late)
+        self._done = [i for i in outer if i not in inside]  # the gradient of the loss
         for start, stop in bounds:
             chunk: dict[fx.Node, fx.Node] = {}
             for end, kind in self.region.ends.items():
@@ -111,6 +116,7 @@ class _Writer:
                     sums[end] = self._call(end, aten.add.Tensor, (sums[end], part)) if end in sums else part
             for node in outside:
                 parts[node].append(self._value(node, start, stop, chunk, again=True))
+            self._done = [*sums.values(), *(pieces[-1] for pieces in parts.values())]
         for node, pieces in parts.items():
             joined = self._call(node, aten.cat.default, (pieces,))
             full = self._unshifted(node, joined) if node in self.region.ends else joined
@@ -180,8 +186,10 @@ class _Writer:
     def _logits(self, node: fx.Node, start: int, stop: int) -> fx.Node:
         *bias, x, weight = node.args
         assert isinstance(x, fx.Node)
-        made = self._call(node, node.target, (*bias, self._hidden(x, start, stop), weight), dict(node.kwargs))
-        made.meta["recompute"] = compat.MUST_RECOMPUTE  # or the matmuls' outputs would be saved: the logits
+        hidden = self._hidden(x, start, stop)
+        if self._done:  # one chunk after the other; and in the backward, none before the gradient is there
+            hidden = self._call(node, ops.AFTER, (hidden, self._done))
+        made = self._call(node, node.target, (*bias, hidden, weight), dict(node.kwargs))
         made.meta[LOSS_CHUNK] = True
         return made
 
