@@ -47,8 +47,8 @@ def choose_chunks(model: MemoryModel) -> Chunking:
             notes.append(f"{node.name}: {size / 2**20:.1f} MiB of float32 logits are not chunked: {why}")
             continue
         note = (
-            f"{node.name}: logits and loss in {chunks} chunks of tokens: {size / 2**20:.1f} MiB of float32 logits "
-            "are never all alive, for one more matmul in the backward"
+            f"{node.name}: logits and loss in {chunks} chunks of tokens: {size / 2**20:.1f} MiB of float32 "
+            "logits are never all alive, for one more matmul in the backward"
         )
         return Chunking(ChunkLoss(region, chunks), (*notes, note))
     return Chunking(None, tuple(notes))
@@ -82,6 +82,8 @@ def _check_operands(model: MemoryModel, logits: fx.Node) -> None:
     for node in (*bias, weight):
         if node not in model.classes.from_parameters and node not in model.classes.exact:
             raise Declined(f"{node} is computed from activations")
+        if node in model.captured.mutated:
+            raise Declined(f"{node} is overwritten in the forward")
     if logits.kwargs:
         raise Declined("its bias is scaled")
 

@@ -155,8 +155,8 @@ class Classifier:
 
     @cached_property
     def chunk_inputs(self) -> set[fx.Node]:
-        """What the logits of a loss in chunks are made of: the backward makes them again, against statistics of
-        the forward's."""
+        """What the logits of a loss in chunks are made of: the backward makes them again, against the
+        forward's statistics."""
         found: set[fx.Node] = set()
         for node in self._forward:
             if node.meta.get(LOSS_CHUNK):

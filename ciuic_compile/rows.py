@@ -1,7 +1,7 @@
 """Which part of a joint graph works row by row (token by token) between the logits and the loss.
 
-What :class:`RowFinder` accepts can be computed for a few rows at a time: every value in it belongs to one row,
-or is a sum over rows that can be accumulated. Whatever it does not understand raises :class:`Declined`.
+What :class:`RowFinder` accepts can be computed for a few rows at a time: every value in it belongs to one
+row, or is a sum over rows that can be accumulated. Whatever it does not understand raises :class:`Declined`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from math import prod
 import torch
 from torch import fx
 
-from . import compat
 from .capture import CapturedGraph
 from .compat import packet
 
@@ -43,10 +42,10 @@ class RowRegion:
 
     Attributes:
         logits: the matmul that makes [tokens, classes].
-        labels: the region's nodes with the meaning of their dimensions, in graph order; narrow ones have no "v".
-        ends: backward nodes that leave the region: "rows" (gradient of the hidden states), "weight" (gradient of
-            the weight) and "total" (a sum over rows, gradient of the bias).
-        shift: the slice that drops some rows of the logits, as ``logits[:, :-1]`` does; rows are counted after it.
+        labels: the region's nodes and what their dimensions mean, in graph order; narrow ones have no "v".
+        ends: backward nodes that leave the region: "rows" (gradient of the hidden states), "weight" (that of
+            the weight) and "total" (a sum over rows, that of the bias).
+        shift: the slice that drops some rows, as ``logits[:, :-1]`` does; rows are counted after it.
         rows: how many rows there are.
     """
 
@@ -79,7 +78,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
         raise Declined(f"{node.name} is not a tensor")
     if not all(isinstance(s, int) for s in value.shape):
         raise Declined("its sizes are dynamic")
-    return tuple(value.shape)
+    return tuple(int(s) for s in value.shape)
 
 
 def dims_of(node: fx.Node) -> list[int]:
@@ -92,12 +91,13 @@ def dims_of(node: fx.Node) -> list[int]:
 
 def slice_of(node: fx.Node, first: int) -> tuple[int, int, int]:
     """(dimension, start, end) of a ``slice`` or ``slice_scatter``, whose dimension is argument ``first``."""
-    dim, start, end, step = (*node.args[first:], *(0, None, None, 1)[len(node.args) - first :])
+    given = list(node.args[first:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     shape = shape_of(node.all_input_nodes[0])
     if step != 1 or not isinstance(dim, int):
         raise Declined(f"{node.name} takes every {step}th row")
     size = shape[dim % len(shape)]
-    begin, stop, _ = slice(start, end).indices(size)  # type: ignore[arg-type]
+    begin, stop, _ = slice(start, end).indices(size)
     return dim % len(shape), begin, stop
 
 
@@ -199,7 +199,7 @@ class RowFinder:
             self._pull(operand, _aligned(operand, label))
 
     def _pull(self, node: fx.Node, label: Label) -> None:
-        """Make an operand of full size part of the region: a mask, a constant, a gradient spread over classes."""
+        """Make an operand of full size part of the region: a mask, a constant, a gradient."""
         if not is_wide(label):
             if node in self._labels and self._labels[node] != label:
                 raise Declined(f"{node.name} is read in two orders of its rows")
@@ -210,6 +210,8 @@ class RowFinder:
             return
         op = packet(node)
         if node.op != "call_function":
+            if self._captured.is_backward(node):  # their gradient comes from outside
+                raise Declined("the logits are also returned")
             raise Declined(f"{node.name} is as large as the logits (class probabilities as targets)")
         if op in _CONSTANTS:
             pass
@@ -381,7 +383,7 @@ def _order(node: fx.Node) -> list[int]:
     count = len(shape_of(node))
     order = list(range(count))
     if packet(node) is aten.permute:
-        return [d % count for d in node.args[1]]  # type: ignore[union-attr,operator]
+        return [int(d) % count for d in node.args[1]]  # type: ignore[union-attr,arg-type]
     a, b = (node.args[1], node.args[2]) if packet(node) is aten.transpose else (0, count - 1)
     order[a], order[b] = order[b], order[a]  # type: ignore[index]
     return order

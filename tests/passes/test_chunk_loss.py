@@ -119,7 +119,7 @@ def test_losses_and_gradients_are_those_of_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_measured_saved_bytes_are_the_planned_ones_and_the_baseline_is_inductors(tied: bool) -> None:
-    """The logits are no longer saved; what they are compared with is what Inductor saves of the user's graph."""
+    """The logits are no longer saved; the baseline is what Inductor saves of the user's graph."""
     torch.manual_seed(0)
     theirs, ours = both(Tiny(flat(), bias=not tied, tied=tied))
     (plan,) = ours.plans
@@ -204,9 +204,11 @@ PROBABILITIES = torch.rand(2, 16, CLASSES, generator=torch.Generator().manual_se
 DECLINED: dict[str, tuple[Loss, list[Tensor], str]] = {
     "returned": (lambda a, b: (flat()(a, b), a), batch(), "returned"),
     "returned in float32": (lambda a, b: (flat()(a, b), a.float()), batch(), "returned"),
-    "softmax over the tokens": (lambda a, b: F.cross_entropy(a, b[:, :1].expand(2, CLASSES).clamp(0)), batch(), "not chunked"),
+    "softmax over the tokens": (
+        lambda a, b: F.cross_entropy(a, b[:, :1].expand(2, CLASSES).clamp(0, 15)), batch(), "not chunked",
+    ),
     "probabilities": (soft, [batch()[0], PROBABILITIES], "class probabilities"),
-    "mean of all": (lambda a, b: a.float().square().mean(), batch(), "all of the logits at once"),
+    "mean of all": (lambda a, b: a.float().square().mean(), batch(), "not understood"),
     "sliced twice": (
         lambda a, b: flat()(a[:, :-1].contiguous(), b[:, 1:]) + flat()(a[:, 1:].contiguous(), b[:, 1:]),
         batch(),
