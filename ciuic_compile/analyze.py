@@ -31,10 +31,12 @@ class MemoryModel:
     Attributes:
         captured: the joint graph.
         config: the user's options.
+        original: the model of the user's own graph, where this one computes the loss in chunks: the baseline.
     """
 
     captured: CapturedGraph
     config: CompileConfig
+    original: MemoryModel | None = None
 
     @cached_property
     def classes(self) -> Classifier:
@@ -45,6 +47,28 @@ class MemoryModel:
     def baseline(self) -> dict[fx.Node, int]:
         """What Inductor's min-cut saves: storage owner -> bytes, parameters and inputs excluded."""
         return self.storages_of(self.captured.baseline_saved)
+
+    @cached_property
+    def baseline_bytes(self) -> int:
+        """Bytes that Inductor would save of the user's own graph."""
+        return sum((self.original or self).baseline.values())
+
+    @cached_property
+    def baseline_here(self) -> dict[fx.Node, int]:
+        """:attr:`baseline` of the user's own graph, as far as its nodes are in this one."""
+        if self.original is None:
+            return self.baseline
+        names = {node.name: node for node in self.captured.graph.nodes}
+        found = self.original.baseline.items()
+        return {names[node.name]: size for node, size in found if node.name in names}
+
+    @cached_property
+    def dissolved(self) -> dict[fx.Node, int]:
+        """What Inductor would save and this graph does not have in one piece: logits, in chunks."""
+        if self.original is None:
+            return {}
+        here = {node.name for node in self.captured.graph.nodes}
+        return {node: size for node, size in self.original.baseline.items() if node.name not in here}
 
     def storages_of(self, saved: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """Owners of the storages behind saved nodes, with their bytes; parameters and inputs excluded."""
@@ -124,6 +148,8 @@ class MemoryModel:
         )
 
 
-def analyze(captured: CapturedGraph, config: CompileConfig) -> MemoryModel:
+def analyze(
+    captured: CapturedGraph, config: CompileConfig, original: MemoryModel | None = None
+) -> MemoryModel:
     """Build the memory model of a captured graph (lazy: nothing is computed before it is read)."""
-    return MemoryModel(captured, config)
+    return MemoryModel(captured, config, original)

@@ -12,10 +12,11 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from . import compat
+from . import compat, ops
 from .capture import CapturedGraph, numel, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
+from .rows import LOSS_CHUNK
 from .types import TensorClass
 
 aten = torch.ops.aten
@@ -96,7 +97,7 @@ class Classifier:
             return TensorClass.STATISTIC
         if node not in self._feeds_contraction:
             return TensorClass.LOSS
-        if node in self._softmax_inputs:
+        if node in self._softmax_inputs or node in self.chunk_inputs:
             return TensorClass.SOFTMAX_INPUT
         if node in self._ill_conditioned:
             return TensorClass.SINGULAR
@@ -153,6 +154,20 @@ class Classifier:
         return found
 
     @cached_property
+    def chunk_inputs(self) -> set[fx.Node]:
+        """What the logits of a loss in chunks are made of: the backward makes them again, against the
+        forward's statistics."""
+        found: set[fx.Node] = set()
+        for node in self._forward:
+            if node.meta.get(LOSS_CHUNK):
+                source = node.args[-2]
+                while isinstance(source, fx.Node):
+                    moved = compat.is_view(source) or source.target in (aten.clone.default, ops.AFTER)
+                    found.add(owner(source))
+                    source = source.all_input_nodes[0] if moved else None
+        return found
+
+    @cached_property
     def used_forward(self) -> set[fx.Node]:
         """What the forward's outputs are computed from; other forward values are parts of derivatives."""
         found: set[fx.Node] = set()
@@ -196,6 +211,10 @@ class Classifier:
                 if not is_contraction(node):
                     found.add(node)
         return found
+
+    def leads_to_contraction(self, node: fx.Node) -> bool:
+        """Whether a later matmul, convolution or attention of the forward is computed from the value."""
+        return node in self._feeds_contraction
 
     @cached_property
     def _feeds_contraction(self) -> set[fx.Node]:

@@ -21,6 +21,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.partitioners import NodeInfo, must_recompute
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.pattern_matcher import stable_topological_sort as sort
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx
@@ -41,6 +42,7 @@ __all__ = [
     "must_save",
     "partition_with",
     "renumber_saved_descs",
+    "sort",
 ]
 
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
@@ -319,4 +321,17 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     with fake.fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = target(*values)
     node.meta["autograd_backward"] = True
+    return node
+
+
+def call_like(
+    graph: fx.Graph, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.Node:
+    """Insert a call with the fake value that it computes; line, module and phase are those of ``origin``."""
+    node = graph.call_function(target, args, kwargs)
+    kept = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "autograd_backward")
+    node.meta.update({k: v for k, v in origin.meta.items() if k in kept})
+    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    with origin.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **named)
     return node

@@ -60,6 +60,8 @@ class CompileConfig:
         deny: patterns; what one of them matches is never compressed.
         min_bytes: storages smaller than this many bytes are never compressed.
         group_size: elements that share one scale in the group codecs.
+        chunk_loss: whether logits and loss are computed some tokens at a time; ``"auto"``: where it pays.
+        loss_chunk_bytes: float32 logits that one chunk may have, in bytes.
         inductor_mode: the Inductor mode in force, ``"default"`` when none was given.
         inductor_explicit: Inductor options the user wrote, by their full names.
     """
@@ -72,6 +74,8 @@ class CompileConfig:
     deny: tuple[str, ...] = ()
     min_bytes: int = 16 * 1024
     group_size: int = 64
+    chunk_loss: bool | str = False
+    loss_chunk_bytes: int = 64 * 2**20
     inductor_mode: str = "default"
     inductor_explicit: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -304,6 +308,20 @@ def _parse_group_size(name: str, value: Any) -> int:
     raise _wrong(name, value, _join(GROUP_SIZES), "64 is the default; smaller is more exact and less compact")
 
 
+def _parse_chunk_loss(name: str, value: Any) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
+        return value
+    valid = "'auto', True or False"
+    raise _wrong(name, value, valid, "'auto' is where it saves memory", near=("auto",))
+
+
+def _parse_loss_chunk_bytes(name: str, value: Any) -> int:
+    size = parse_size(name, value)
+    if size == 0:
+        raise _wrong(name, value, f"more than 0 bytes: {_SIZE_VALID}", "write e.g. '64MiB'")
+    return size
+
+
 def _parse_inductor_mode(name: str, value: Any) -> str:
     if isinstance(value, str) and value in INDUCTOR_MODES:
         return value
@@ -358,6 +376,8 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "deny": _parse_patterns,
     "min_bytes": parse_size,
     "group_size": _parse_group_size,
+    "chunk_loss": _parse_chunk_loss,
+    "loss_chunk_bytes": _parse_loss_chunk_bytes,
     "inductor_mode": _parse_inductor_mode,
 }
 

@@ -14,12 +14,14 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
+from .chunking import Chunking, choose_chunks
 from .config import CompileConfig
 from .confirm import joint_of
 from .devices import DeviceProfile, profile_for
 from .errors import VerificationError
 from .passes import Graphs, default_passes, run_pipeline
 from .planner import Selection, choose_codecs, make_plan, select
+from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .types import Plan
@@ -62,21 +64,37 @@ class CiuicPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
         num_fwd_outputs: int = kwargs["num_fwd_outputs"]
-        stage: dict[str, Any] = {}
+        stage: dict[str, Any] = {"notes": (), "may_chunk": True}
 
         def choose(
             graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
         ) -> list[fx.Node]:
             captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
-            model = analyze(captured, self._config)
+            model = analyze(captured, self._config, stage.get("original"))
+            if "baseline" not in stage:
+                pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
+                stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+            chunking = choose_chunks(model) if stage["may_chunk"] else Chunking(None)
+            stage["notes"] += chunking.notes
+            if chunking.chunk is not None:
+                stage.setdefault("original", model)
+                stage["chunked"] = fx.GraphModule(gm, chunking.chunk.run(captured))
+                return list(captured.baseline_saved)  # for nothing: the chunked graph is partitioned next
             selection = select(model)
-            pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
-            stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
-            stage["model"], stage["selection"] = model, selection
+            lossy = self._config.lossy
+            if model.original and not follows_rules(captured, model.classes, selection.saved, lossy):
+                # the logits that the backward makes again must be those of the forward
+                stage["notes"] = ("the loss is not chunked: its hidden states cannot be saved as they are",)
+                stage.update(chunked=gm, may_chunk=False, original=None)
+                return list(captured.baseline_saved)
+            stage["model"] = model
+            stage["selection"] = replace(selection, notes=(*stage["notes"], *selection.notes))
             return list(selection.saved)
 
         forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
-        if not stage:  # nothing in this graph depends on the gradients, so nothing is saved for them
+        while (chunked := stage.pop("chunked", None)) is not None:
+            forward, backward = compat.partition_with(chunked, joint_inputs, choose, **kwargs)
+        if "model" not in stage:  # nothing in this graph depends on the gradients
             return forward, backward
         graphs = Graphs(forward, backward, num_fwd_outputs)
         self.plan = plan_and_rewrite(

@@ -84,6 +84,16 @@ def test_the_report_option_alone_still_hits(cold: tuple[Path, Run]) -> None:
     assert (quiet.hits, quiet.plan_text, quiet.plans) == (1, "", first.plans)
 
 
+def test_a_loss_in_chunks_hits_and_whole_it_does_not(tmp_path: Path) -> None:
+    options = {"mode": "4:1", "cross_entropy": True, "chunk_loss": True, "loss_chunk_bytes": 256}
+    first, second = run(tmp_path, options), run(tmp_path, options)
+    assert "chunks of tokens" in first.plans[0]
+    assert (first.hits, second.hits, second.misses) == (0, 1, 0)
+    assert (second.plans, second.gradients) == (first.plans, first.gradients)
+    whole = run(tmp_path, {**options, "chunk_loss": False})
+    assert (whole.hits, whole.misses) == (0, 1)
+
+
 def test_a_lost_sidecar_still_prints_the_plan(cold: tuple[Path, Run]) -> None:
     cache, first = cold
     sidecars = list((cache / "ciuic").glob("*.json"))

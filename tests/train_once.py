@@ -31,10 +31,17 @@ class Net(nn.Module):
 def main() -> None:
     options = {"min_bytes": 256, **json.loads(sys.argv[1])}
     context = interpreted() if options.pop("interpret", False) else contextlib.nullcontext()
+    cross_entropy = options.pop("cross_entropy", False)
     torch.manual_seed(0)
-    model = Net()
+    model, targets = Net(), torch.arange(32) % 10
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), targets)
+
+    run = loss if cross_entropy else model
     with context:
-        torch.compile(model, backend="ciuic", options=options)(torch.randn(32, 64)).square().mean().backward()
+        result = torch.compile(run, backend="ciuic", options=options)(torch.randn(32, 64))
+        (result if cross_entropy else result.square().mean()).backward()
     found = counters["aot_autograd"]
     print(
         json.dumps(

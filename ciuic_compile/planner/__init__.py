@@ -89,7 +89,7 @@ def choose_codecs(
         InfeasibleBudgetError: not even the smallest encodings bring the peak under the budget.
     """
     config = model.config
-    baseline_bytes = sum(model.baseline.values())
+    baseline_bytes = model.baseline_bytes
     sizes = model.storages_of(selection.saved)
     target = int(baseline_bytes / config.ratio) if config.ratio else baseline_bytes
     codecs = _solve(model, selection, device, target)
@@ -186,16 +186,20 @@ def make_plan(
     """Write the decisions down, one a storage that Inductor or this plan would save, in forward order."""
     captured = model.captured
     ours = model.storages_of(selection.saved)
-    nodes = sorted({*ours, *model.baseline}, key=captured.order.__getitem__)
+    before = model.baseline_here
+    nodes = sorted({*ours, *before}, key=captured.order.__getitem__)
     mse = {n: _mse(c) for n, c in codecs.chosen.items()}
     error_model = ErrorModel(captured, model.classes, list(selection.saved))
     errors = error_model.gradient_errors(mse)
-    rebuilt_us = sum(device.microseconds(2 * size) for n, size in model.baseline.items() if n not in ours)
+    rebuilt_us = sum(device.microseconds(2 * size) for n, size in before.items() if n not in ours)
     return Plan(
         name=name,
         mode=model.config.mode,
-        decisions=tuple(_decision(model, node, ours, codecs, device) for node in nodes),
-        baseline_saved_bytes=sum(model.baseline.values()),
+        decisions=(
+            *(_decision(model, node, ours, codecs, device) for node in nodes),
+            *_dissolved(model, device),
+        ),
+        baseline_saved_bytes=model.baseline_bytes,
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
@@ -210,7 +214,7 @@ def make_plan(
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
         notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
-        baseline_saved_count=len(model.baseline),
+        baseline_saved_count=len(before) + len(model.dissolved),
     )
 
 
@@ -227,7 +231,7 @@ def _decision(
     model: MemoryModel, node: fx.Node, ours: Mapping[fx.Node, int], codecs: Codecs, device: DeviceProfile
 ) -> Decision:
     storage = model.storage(node)
-    before = model.baseline.get(node, 0)
+    before = model.baseline_here.get(node, 0)
     if node not in ours:
         return Decision(
             storage, Action.RECOMPUTE, None, 0, before, 0.0, device.microseconds(2 * before),
@@ -250,6 +254,18 @@ def _decision(
         option.time_us,
         reason,
     )
+
+
+def _dissolved(model: MemoryModel, device: DeviceProfile) -> list[Decision]:
+    """Decisions on what the user's graph has in one piece and this one makes in chunks."""
+    return [
+        Decision(
+            model.original.storage(node), Action.RECOMPUTE, None, 0, size, 0.0, device.microseconds(2 * size),
+            "made chunk by chunk, in the backward again: never all alive",
+        )
+        for node, size in model.dissolved.items()
+        if model.original is not None
+    ]  # fmt: skip
 
 
 def get_bits(codec: str) -> int:

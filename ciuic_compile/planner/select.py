@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
-from .. import compat
+from .. import compat, ops
 from ..capture import CapturedGraph, owner, tensor
 from ..classify import REBUILDABLE_RANDOM, Classifier, is_contraction, is_reduction, packet
 
@@ -125,6 +125,8 @@ def _may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy:
         return False
     if node in classes.exact:
         return not is_reduction(node)
+    if lossy and node in classes.chunk_inputs and packet(node) is not torch.ops.aten.clone:
+        return False  # its logits, made again, must be those of the forward
     value = tensor(node)
     if lossy and value is not None and not value.dtype.is_floating_point:
         # A mask of lossy values would be another mask; what integers alone determine comes out the same.
@@ -149,7 +151,8 @@ def _skip_sources(captured: CapturedGraph) -> set[fx.Node]:
     depth: dict[fx.Node, int] = {}
     skips: set[fx.Node] = set()
     for node in captured.savable:
-        inputs = [i for i in node.all_input_nodes if i in depth]
+        waits = node.target is ops.AFTER  # for values of other chunks, which it does not add to its own
+        inputs = [i for i in node.all_input_nodes[: 1 if waits else None] if i in depth]
         depth[node] = max((depth[i] for i in inputs), default=0) + is_contraction(node)
         if is_contraction(node) or len(inputs) < 2:
             continue
