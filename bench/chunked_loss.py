@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench import common, measure
 
-CONFIGS = ("inductor", "lossless", "lossless chunk_loss=auto", "4:1", "4:1 chunk_loss=auto")
+CONFIGS = ("inductor", "lossless", "lossless chunk_loss='auto'", "4:1", "4:1 chunk_loss='auto'")
 
 
 class Head(nn.Module):
