@@ -77,7 +77,8 @@ class CiuicPartitioner(CustomPartitionerFn):
                 stage["notes"] = ("the loss is not chunked: its hidden states cannot be saved as they are",)
                 stage.update(chunked=gm, may_chunk=False, original=None)
                 return list(captured.baseline_saved)
-            stage["model"], stage["selection"] = model, selection
+            stage["model"] = model
+            stage["selection"] = replace(selection, notes=(*stage["notes"], *selection.notes))
             return list(selection.saved)
 
         forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
@@ -89,7 +90,6 @@ class CiuicPartitioner(CustomPartitionerFn):
         self.plan = plan_and_rewrite(
             self._name, stage["model"], stage["selection"], stage["baseline"], graphs
         )
-        self.plan = replace(self.plan, notes=(*stage["notes"], *self.plan.notes))
         self._report(self.plan)
         return graphs.forward, graphs.backward
 
