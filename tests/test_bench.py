@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import ciuic_compile
 from bench import common, h200, measure, plot, saved, step_time, text
 from bench.models import MODELS, WithLoss
+from tests.training import interpreted
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,22 @@ def test_models_learn(name: str) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lossless_trains_models_as_eager_does(name: str) -> None:
+    """In one graph, and with eager's gradients: the passes and the partition, without Inductor's kernels."""
+    torch.manual_seed(0)
+    built, batches, loss_fn = MODELS[name]("tiny")
+    model = WithLoss(built, loss_fn)
+    batch = batches(0, CPU)
+    model(*batch).backward()
+    reference = measure.gradients(model)
+    model.zero_grad(set_to_none=True)
+    options = {"mode": "lossless", "report": "off"}
+    with interpreted():
+        torch.compile(model, backend="ciuic", fullgraph=True, options=options)(*batch).backward()
+    assert measure.gradient_error(reference, measure.gradients(model)).worst < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])

@@ -17,7 +17,7 @@ from bench import common, peaks
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Largest |error| of one cell, as a fraction of what was measured. Planned: 0.6 % (attention's temporaries),
-#: baseline: 6.9 %; simulated: 5.8 % under torch 2.13, 27 % under 2.11, which reuses buffers otherwise.
+#: baseline: 2.8 %; simulated: 27 %, as it does not know that Inductor keeps dead buffers for reuse on a CPU.
 ALLOWED = {"planned": 0.01, "simulated": 0.3, "baseline": 0.08}
 
 
@@ -55,11 +55,12 @@ def test_cells_on_a_cpu(tmp_path: Path) -> None:
         assert found["worst"] <= ALLOWED[name], name
     assert {"planned", "baseline"} <= set(report["summary"])
     lines = done.stdout.splitlines()
-    assert [line.split()[:4] for line in lines[2:5]] == [
-        ["gpt", "tiny", "fp32", "inductor"],
-        ["gpt", "tiny", "fp32", "4:1"],
-        ["gpt", "tiny", "fp32", "4:1"],
+    cells = [
+        "gpt tiny 16x128 fp32 inductor",
+        "gpt tiny 16x128 fp32 4:1",
+        "gpt tiny 16x128 fp32 4:1 budget 0.2",
     ]
+    assert [line.strip().startswith(c) for line, c in zip(lines[2:5], cells, strict=True)] == [True] * 3
     assert any(line.startswith("failed: gpt") and "the smallest planned peak" in line for line in lines)
 
 
