@@ -6,7 +6,7 @@ starts with no gradients, so the new gradients count; parameters, buffers and in
 cells are held against the ``baseline`` of the plan for the same shape.
 
 On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved`` what the
-caching allocator took from the driver above what it held at the start (its cache emptied there).
+caching allocator took from the driver in two steps, above what it held before them (its cache emptied).
 """
 
 from __future__ import annotations
@@ -161,7 +161,11 @@ def _cell(spec: Spec) -> dict[str, Any]:
 
 
 def measured_step(step: Callable[[], None], model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
-    """Peaks of one step above what is there at its start, in bytes."""
+    """Peaks of one step above what is there at its start, in bytes.
+
+    Reserved is what two steps take from an emptied cache, as in the replay: the second one may find the
+    blocks that the first one left too small.
+    """
     model.zero_grad(set_to_none=True)
     gc.collect()
     gpu = device.type == "cuda"
@@ -170,6 +174,8 @@ def measured_step(step: Callable[[], None], model: torch.nn.Module, device: torc
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()  # otherwise what the step reserves is there already
         reserved = torch.cuda.memory_reserved(device)
+        step()
+        model.zero_grad(set_to_none=True)
         requested = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
     with measure.peak(device) as peak:
         step()
