@@ -10,6 +10,7 @@ from torch import fx
 
 from . import compat
 from .allocator import Allocator, CachingAllocator, ExactAllocator
+from .capture import tensor
 from .compat_wrapper import Recording
 from .devices import DeviceProfile, named
 from .passes import Graphs
@@ -24,9 +25,9 @@ def joint_of(graphs: Graphs) -> Joint:
     sent = [
         i
         for i, n in enumerate(outputs)
-        if i >= graphs.num_fwd_outputs and isinstance(n, fx.Node) and _is_tensor(n)
+        if i >= graphs.num_fwd_outputs and isinstance(n, fx.Node) and tensor(n) is not None
     ]
-    arriving = [n for n in graphs.backward.graph.find_nodes(op="placeholder") if _is_tensor(n)]
+    arriving = [n for n in graphs.backward.graph.find_nodes(op="placeholder") if tensor(n) is not None]
     return Joint(
         outputs=len(outputs),
         num_fwd_outputs=graphs.num_fwd_outputs,
@@ -75,7 +76,3 @@ def _storage_sizes(inputs: Sequence[object]) -> list[int]:
             storage = value.untyped_storage()
             sizes.setdefault(storage._cdata, compat.hint(storage.nbytes()))
     return list(sizes.values())
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)

@@ -3,7 +3,7 @@
 The plan's first peak comes from ``simulate.py``, before Inductor has scheduled anything. Once code exists,
 the wrapper's lines say which buffer is allocated, reused and freed when (``compat_wrapper.py`` reads them);
 played through the device's allocator, forward and then backward, they give the peak of the step. Left out:
-temporaries inside external kernels, the optimizer, and gradients that accumulate.
+temporaries of external kernels that ``workspace.py`` does not know, the optimizer, gradients that accumulate.
 """
 
 from __future__ import annotations

@@ -10,6 +10,11 @@ from collections.abc import Sequence
 
 Shape = Sequence[int]
 _FLOAT = 4
+_ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped keys and values are expanded
+    "flash_attention_backward": (128, True),
+    "efficient_attention_backward": (64, False),
+    "cudnn_attention_backward": (1, True),
+}
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
 
 
@@ -21,15 +26,10 @@ def workspace_bytes(op: str, shapes: Sequence[Shape], itemsize: int) -> int:
         shapes: of its tensor arguments, in order.
         itemsize: of the first one's dtype, in bytes.
     """
-    if "flash_attention_backward" in op:
-        return _attention(shapes, itemsize, row_block=128, expands=True)
-    if "efficient_attention_backward" in op:
-        return _attention(shapes, itemsize, row_block=64, expands=False)
-    if "cudnn_attention_backward" in op:
-        return _attention(shapes, itemsize, row_block=1, expands=True)
-    if "embedding_dense_backward" in op:
-        return _embedding(shapes[0], shapes[1])
-    if "ciuic.embedding_gradient" in op:
+    for name, (row_block, expands) in _ATTENTION_BACKWARD.items():
+        if name in op:
+            return _attention(shapes, itemsize, row_block, expands)
+    if "embedding_dense_backward" in op or "ciuic.embedding_gradient" in op:
         return _embedding(shapes[0], shapes[1])
     return 0
 

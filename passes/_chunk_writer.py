@@ -230,9 +230,7 @@ class ChunkWriter:
             flat = value
             if target and shape_of(value) != target[len(target) - len(shape_of(value)) :]:
                 flat = self._call(value, aten.expand.default, (flat, list(target)))
-                flat = self._call(
-                    value, aten.clone.default, (flat,), {"memory_format": torch.contiguous_format}
-                )
+                flat = self._contiguous(flat)
             self._flat[key] = self._view(flat, (self.region.rows, 1))
         return self._slice(self._flat[key], start, stop)
 
@@ -240,9 +238,7 @@ class ChunkWriter:
         if shape_of(value) == shape:
             return value
         if not value.meta["val"].is_contiguous():
-            value = self._call(
-                value, aten.clone.default, (value,), {"memory_format": torch.contiguous_format}
-            )
+            value = self._contiguous(value)
         return self._call(value, aten.view.default, (value, list(shape)))
 
     def _contiguous(self, value: fx.Node) -> fx.Node:
