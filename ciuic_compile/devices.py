@@ -14,12 +14,13 @@ class DeviceProfile:
     Attributes:
         bytes_per_us: memory bandwidth, bytes read plus written per microsecond.
         caches: whether torch's caching allocator stands between (CUDA).
-        context_bytes: what a process takes beside the allocator's segments (CUDA context, loaded kernels).
+        context_bytes: what a process takes beside the allocator's segments (CUDA context,
+            loaded kernels); None where it was not measured.
     """
 
     name: str
     bytes_per_us: float
-    context_bytes: int = 0
+    context_bytes: int | None = None
     caches: bool = True
 
     def microseconds(self, nbytes: int) -> float:
@@ -27,9 +28,10 @@ class DeviceProfile:
         return nbytes / self.bytes_per_us
 
 
-# H200: a device-to-device copy moved 4.0 TB/s and more. The others: vendors' datasheets.
+# H200: a device-to-device copy moved 4.0 TB/s and more; its context after a first matmul is that of
+# bench/results/workspaces-h200.json. The others: vendors' datasheets.
 _PROFILES = (
-    DeviceProfile("h200", 4.0e6),
+    DeviceProfile("h200", 4.0e6, context_bytes=623_706_112),
     DeviceProfile("h100", 3.0e6),
     DeviceProfile("a100", 1.7e6),
     DeviceProfile("rtx 4090", 0.95e6),

@@ -102,13 +102,14 @@ def _head(plan: Plan, full: bool) -> list[str]:
 
 def _device(plan: Plan) -> list[str]:
     """What the peak becomes on the device, and how far Inductor's schedule moved it."""
-    if not plan.replayed or plan.reserved_bytes is None or plan.process_bytes is None:
+    if not plan.replayed or plan.reserved_bytes is None:
         return []
     moved = ""
     if abs(plan.planned_peak_bytes - plan.simulated_peak_bytes) > plan.simulated_peak_bytes // 100:
         moved = f"; before Inductor scheduled it: {size(plan.simulated_peak_bytes)}"
     accumulate = f"; accumulating gradients adds {size(plan.gradient_bytes)}" if plan.gradient_bytes else ""
-    reserved = f"reserved {size(plan.reserved_bytes)}, process {size(plan.process_bytes)}"
+    reserved = f"reserved {size(plan.reserved_bytes)}"
+    reserved += f", process {size(plan.process_bytes)}" if plan.process_bytes is not None else ""
     return [f"  memory {reserved} with {size(plan.input_bytes)} of parameters and inputs{accumulate}{moved}"]
 
 
