@@ -66,12 +66,20 @@ def test_a_step_is_inductors_within_the_stated_error(
     assert held.nbytes == plan.planned_saved_bytes
 
 
-def test_cuda_graphs_give_the_same_gradients() -> None:
-    plain, loss, _ = trained("gpt", "4:1")
-    replayed, other, _ = trained("gpt", "4:1", steps=4, inductor_mode="reduce-overhead")
+@pytest.mark.parametrize("mode", ["lossless", "4:1"])
+def test_cuda_graphs_give_the_same_gradients(mode: str) -> None:
+    """Values stored in 4 bits may differ by a step where two compilations sum in another order.
+
+    So "4:1" is held against Inductor and its stated bound: a saved tensor that a replay overwrote is far off.
+    """
+    torch._dynamo.utils.counters.clear()
+    theirs, loss, _ = trained("gpt", None)
+    replayed, other, _ = trained("gpt", mode, steps=4, inductor_mode="reduce-overhead")
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    (plan,) = ciuic_compile.plans()
     assert other == pytest.approx(loss, rel=1e-5)
-    error = measure.gradient_error(measure.gradients(plain), measure.gradients(replayed))
-    assert error.worst < ROUNDING
+    error = measure.gradient_error(measure.gradients(theirs), measure.gradients(replayed))
+    assert error.worst <= max(plan.gradient_error_bound, ROUNDING)
 
 
 def test_embedding_gradient_sums_like_index_add() -> None:
