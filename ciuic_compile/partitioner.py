@@ -20,7 +20,7 @@ from .confirm import joint_of
 from .devices import DeviceProfile, profile_for
 from .errors import VerificationError
 from .passes import Graphs, default_passes, run_pipeline
-from .planner import Selection, choose_codecs, make_plan, select
+from .planner import Selection, choose_codecs, fit_budget, make_plan, select
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
@@ -87,12 +87,22 @@ class CiuicPartitioner(CustomPartitionerFn):
                 stage["notes"] = ("the loss is not chunked: its hidden states cannot be saved as they are",)
                 stage.update(chunked=gm, may_chunk=False, original=None)
                 return list(captured.baseline_saved)
+            if self._config.budget is not None:
+
+                def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
+                    pair = compat.extract(stage["joint"], saved, info, num_fwd_outputs)
+                    named = {n.name: codec for n, codec in codecs.items() if codec}
+                    return peaks_with(Graphs(*pair, num_fwd_outputs), named, self._correction)
+
+                selection = fit_budget(model, selection, _device(model), judge)
             stage["model"] = model
             stage["selection"] = replace(selection, notes=(*stage["notes"], *selection.notes))
             return list(selection.saved)
 
+        stage["joint"] = gm
         forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
         while (chunked := stage.pop("chunked", None)) is not None:
+            stage["joint"] = chunked
             forward, backward = compat.partition_with(chunked, joint_inputs, choose, **kwargs)
         if "model" not in stage:  # nothing in this graph depends on the gradients
             return forward, backward
@@ -115,7 +125,6 @@ def plan_and_rewrite(
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
 
     Raises:
-        InfeasibleBudgetError: no encoding brings the simulated peak under the budget.
         VerificationError: the rewritten graphs save other bytes than the plan says.
     """
     device = _device(model)
@@ -126,14 +135,8 @@ def plan_and_rewrite(
     added = sum(tensor_bytes(n.meta["val"]) for n in storages if n.name not in chosen)
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
-    def evaluate(codecs: Mapping[str, str]) -> Peaks:
-        trial = _copy(graphs)
-        run_pipeline(trial, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
-        peaks = simulate(trial.forward.graph, trial.backward.graph, trial.num_fwd_outputs)
-        return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
-
-    codecs = choose_codecs(model, selection, device, evaluate)
-    planned = evaluate(codecs.by_name)
+    codecs = selection.codecs or choose_codecs(model, selection, device)
+    planned = peaks_with(_copy(graphs), codecs.by_name, correction)
     notes = run_pipeline(graphs, default_passes(codecs.by_name))
     audited = sum(
         tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
@@ -152,6 +155,13 @@ def plan_and_rewrite(
             f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"
         )
     return plan
+
+
+def peaks_with(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
+    """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
+    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
 
 def _stays(node: fx.Node, present: set[str]) -> bool:
