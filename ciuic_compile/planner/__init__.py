@@ -51,6 +51,11 @@ class Codecs:
         """Node name -> codec, compressed ones only."""
         return {node.name: codec for node, codec in self.chosen.items() if codec}
 
+    @property
+    def variance(self) -> float:
+        """Relative variance of the gradients that the codecs add, as the optimiser counts it."""
+        return sum(option.variance for option in self.options.values())
+
 
 def select(model: MemoryModel) -> Selection:
     """Choose the values that live on; torch's own choice where no better cut exists."""
