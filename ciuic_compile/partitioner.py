@@ -63,16 +63,16 @@ class CiuicPartitioner(CustomPartitionerFn):
         self.called = True
 
         def partition(
-            joint: fx.GraphModule, original: MemoryModel | None = None
+            joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
-            return _partition(joint, joint_inputs, self._config, original, **kwargs)
+            return _partition(joint, joint_inputs, self._config, whole, **kwargs)
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
             return graphs.forward, graphs.backward
         whole, tried = candidate, [candidate]
         while (chunked := tried[-1].chunked) is not None:  # one loss after the other
-            _, candidate = partition(chunked, whole.model)
+            _, candidate = partition(chunked, whole)
             assert candidate is not None, "the gradients of a loss in chunks are gone"
             tried.append(candidate)
         chosen, draft, notes = self._choose(whole, tried[-1])
@@ -83,7 +83,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             self._name,
             chosen.model,
             selection,
-            whole.baseline,
+            chosen.baseline,
             chosen.graphs,
             self._correction,
             draft,
@@ -134,7 +134,7 @@ class Candidate:
     Attributes:
         chunking: what could be chunked next, and what could not.
         chunked: the joint graph with that in chunks; None where there is nothing (more) to chunk.
-        baseline: peaks of Inductor's own partition of this graph.
+        baseline: peaks of Inductor's own partition of the user's graph.
     """
 
     graphs: Graphs
@@ -149,13 +149,13 @@ def _partition(
     joint: fx.GraphModule,
     joint_inputs: Sequence[object],
     config: CompileConfig,
-    original: MemoryModel | None,
+    whole: Candidate | None,
     **kwargs: Any,
 ) -> tuple[Graphs, Candidate | None]:
     """Partition a joint graph by our own selection; no candidate where no part of it depends on gradients.
 
     Args:
-        original: the model of the user's own graph, where ``joint`` has its loss in chunks.
+        whole: the user's own graph, where ``joint`` is that with its loss in chunks.
     """
     num_fwd_outputs: int = kwargs["num_fwd_outputs"]
     seen: list[tuple[MemoryModel, Selection, Peaks, Chunking, fx.GraphModule | None]] = []
@@ -164,9 +164,12 @@ def _partition(
         graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
     ) -> list[fx.Node]:
         captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
-        model = analyze(captured, config, original)
-        pair = compat.extract(joint, captured.baseline_saved, info, num_fwd_outputs)
-        peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+        model = analyze(captured, config, whole.model if whole is not None else None)
+        if whole is None:
+            pair = compat.extract(joint, captured.baseline_saved, info, num_fwd_outputs)
+            peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+        else:
+            peaks = whole.baseline
         chunking = choose_chunks(model)
         chunk = chunking.chunk
         chunked = fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None

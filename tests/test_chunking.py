@@ -17,7 +17,7 @@ from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.chunking import ACCUMULATING, LEAST_GAIN, choose_chunks, rows_worth_a_chunk, why_whole
 from ciuic_compile.config import parse_options
 from ciuic_compile.devices import DeviceProfile, named
-from ciuic_compile.partitioner import Draft, make_draft
+from ciuic_compile.partitioner import Draft, make_draft, plan_and_rewrite
 from ciuic_compile.rows import RowFinder
 from ciuic_compile.simulate import Peaks
 from tests.stages import Stage, stage
@@ -66,6 +66,16 @@ def test_the_peaks_of_the_final_plans_decide() -> None:
     (note,) = both.selection.notes
     assert "not chunked, though it could be: the simulated peak would be" in note
     assert chunked(staged(8, **{**AUTO, "chunk_loss": True}, mode="2:1"))  # True does not weigh
+
+
+def test_the_plan_states_the_time_of_the_logits_made_again() -> None:
+    times = {}
+    for chunk in (True, False):
+        found = staged(1, **{**AUTO, "chunk_loss": chunk})
+        plan = plan_and_rewrite("graph", found.model, found.selection, found.baseline, found.graphs())
+        times[chunk] = plan.time_us
+    again = 2 * TOKENS * CLASSES * WIDTH / named("cpu").flop_per_us(4)
+    assert times[True] - times[False] == pytest.approx(again)
 
 
 @pytest.fixture
