@@ -24,6 +24,8 @@ from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .types import Plan
 
+STAYS_WHOLE = "the loss is not chunked, though it could be"
+
 
 class CiuicPartitioner(CustomPartitionerFn):
     """Capture, analyze, plan, rewrite, audit: one call is one compiled graph.
@@ -115,15 +117,11 @@ class CiuicPartitioner(CustomPartitionerFn):
         try:
             other = make_draft(chunked.model, chunked.selection, chunked.graphs, self._correction)
         except InfeasibleBudgetError:
-            return (
-                whole,
-                one,
-                ("the loss is not chunked, though it could be: the budget leaves no room for it",),
-            )
+            return whole, one, (f"{STAYS_WHOLE}: the budget leaves no room for it",)
         if one.codecs.tightened and other.codecs.variance < one.codecs.variance:
             return chunked, other, ()  # the budget would cost the gradients more
         if why := why_whole(one.planned, other.planned):
-            return whole, one, (f"the loss is not chunked, though it could be: {why}",)
+            return whole, one, (f"{STAYS_WHOLE}: {why}",)
         return chunked, other, ()
 
 
