@@ -18,6 +18,7 @@ from ..capture import owner, tensor
 from ..codecs import get_codec
 from ..devices import DeviceProfile
 from ..errors import InfeasibleBudgetError
+from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
@@ -50,6 +51,11 @@ class Codecs:
     def by_name(self) -> dict[str, str]:
         """Node name -> codec, compressed ones only."""
         return {node.name: codec for node, codec in self.chosen.items() if codec}
+
+    @property
+    def variance(self) -> float:
+        """Relative variance of the gradients that the codecs add, as the optimiser counts it."""
+        return sum(option.variance for option in self.options.values())
 
 
 def select(model: MemoryModel) -> Selection:
@@ -191,7 +197,8 @@ def make_plan(
     mse = {n: _mse(c) for n, c in codecs.chosen.items()}
     error_model = ErrorModel(captured, model.classes, list(selection.saved))
     errors = error_model.gradient_errors(mse)
-    rebuilt_us = sum(device.microseconds(2 * size) for n, size in before.items() if n not in ours)
+    rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
+    rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     return Plan(
         name=name,
         mode=model.config.mode,
@@ -205,7 +212,7 @@ def make_plan(
         planned_peak_bytes=planned.peak,
         gradient_error=error_model.whole(errors),
         gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
-        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us,
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
@@ -216,6 +223,17 @@ def make_plan(
         notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
+
+
+def _logits_again_us(model: MemoryModel) -> float:
+    """Time of the matmuls that make a chunked loss's logits a second time, in microseconds."""
+    total = 0.0
+    for node in model.captured.graph.nodes:
+        if node.meta.get(LOSS_CHUNK) and model.captured.is_backward(node):
+            factor, made = node.args[-2].meta["val"], node.meta["val"]
+            flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
+            total += flop / model.device.flop_per_us(made.dtype.itemsize)
+    return total
 
 
 def _unmatched(model: MemoryModel) -> list[str]:
