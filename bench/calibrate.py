@@ -95,7 +95,7 @@ def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_byt
         selection: Selection,
         baseline: Peaks,
         graphs: Graphs,
-        correction: int = 0,
+        *rest: object,
     ) -> Plan:
         forward, backward = (
             fx.GraphModule(g, copy.deepcopy(g.graph)) for g in (graphs.forward, graphs.backward)

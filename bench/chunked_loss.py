@@ -1,73 +1,81 @@
-"""Peak, saved bytes and step time of a large-vocabulary head and its loss, whole and in chunks.
+"""Peak, saved bytes and step time of a Llama with a large vocabulary, its loss whole and in chunks.
 
-    python -m bench.chunked_loss --tokens 4096 --vocab 32000 --d 256 --dtype bf16
+    python -m bench.chunked_loss --device cuda              # blocks and head as in Llama 3.2 1B, fewer blocks
+    python -m bench.chunked_loss --layers 0 --dtype fp32     # embedding, norm, head and loss alone
 
-One process a row. The model is an embedding, a linear layer in a skip connection, LayerNorm, the head and the
-mean cross entropy in float32: little else that could set the peak. Peaks are above parameters and inputs.
+Everything is compiled in one process, then takes turns step by step: "x" is the median of the ratios to
+Inductor's step in the same round. Peaks are above parameters and inputs, the new gradients included.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
+import ciuic_compile
 from bench import common, measure
+from bench.step_time import WithLossView, build, ratio, step_of, take_turns
+from ciuic_compile.config import set_default_config
 
-CONFIGS = ("inductor", "lossless", "lossless chunk_loss='auto'", "4:1", "4:1 chunk_loss='auto'")
-
-
-class Head(nn.Module):
-    """Token ids and targets to the mean cross entropy."""
-
-    def __init__(self, vocab: int, d: int) -> None:
-        super().__init__()
-        self.tokens, self.layer, self.norm = nn.Embedding(vocab, d), nn.Linear(d, d), nn.LayerNorm(d)
-        self.head = nn.Linear(d, vocab, bias=False)
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        x = self.tokens(ids)
-        logits: Tensor = self.head(self.norm(x + torch.tanh(self.layer(x))))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+CONFIGS = ("inductor", "lossless chunk_loss=False", "lossless", "4:1 chunk_loss=False", "4:1")
+SHAPES: dict[str, dict[str, int]] = {
+    "cuda": {
+        "layers": 4, "d": 2048, "heads": 32, "kv_heads": 8, "ff": 8192, "vocab": 128_256,
+        "seq": 2048, "batch": 8,
+    },
+    "cpu": {
+        "layers": 1, "d": 256, "heads": 4, "kv_heads": 4, "ff": 704, "vocab": 32_000, "seq": 1024, "batch": 4,
+    },
+}  # fmt: skip
+WARMUP = 2
 
 
-def cell(spec: dict[str, Any]) -> dict[str, Any]:
-    """Measure one configuration."""
-    device = torch.device(spec["device"])
-    torch.manual_seed(0)
-    model = Head(spec["vocab"], spec["d"]).to(device)
-    if spec["dtype"] == "bf16":
-        model = model.bfloat16()
-    shape = (4, spec["tokens"] // 4)
-    ids, targets = (torch.randint(spec["vocab"], shape).to(device) for _ in range(2))
-    compiled = common.compile_as(model, spec["config"])
-
-    def step() -> None:
-        compiled(ids, targets).backward()
-        model.zero_grad(set_to_none=True)
-
-    for _ in range(2):
+def measured(config: str, spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What one configuration allocates, and its step."""
+    model, inputs, targets, device = build(spec)
+    before = len(ciuic_compile.plans())
+    run = common.compile_as(WithLossView(model), config)
+    step = step_of(model, run, inputs, targets)
+    for _ in range(WARMUP):
         step()
+    model.zero_grad(set_to_none=True)
     with measure.peak(device) as peak:
-        compiled(ids, targets).backward()
+        run(inputs, targets).backward()
     model.zero_grad(set_to_none=True)
-    loss = compiled(ids, targets)
-    held = measure.saved(loss, measure.model_tensors(model, ids, targets))
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    times = measure.time_steps(step, device, spec["steps"])
+    loss = run(inputs, targets)
+    saved = measure.saved(loss, measure.model_tensors(model, inputs, targets)).nbytes
+    plans = ciuic_compile.plans()[before:]
     return {
-        "loss": loss.item(),
-        "saved": held.nbytes,
+        "saved": saved,
         "peak": peak.nbytes,
-        "step_ms": statistics.median(times),
-        **common.plans_summary(),
-    }
+        "planned_saved": plans[0].planned_saved_bytes if plans else None,
+        "planned_peak": plans[0].planned_peak_bytes if plans else None,
+        "loss": loss.item(),
+        "notes": [note for plan in plans for note in plan.notes if "chunk" in note],
+    }, step
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    """The table, and what the plans say of the loss."""
+    rows = [
+        [
+            config,
+            *(common.mib(r[key]) for key in ("saved", "planned_saved", "peak", "planned_peak")),
+            f"{r['step_ms']:.1f}",
+            f"{r['x']:.3f}",
+            f"{r['loss']:.6f}",
+        ]
+        for config, r in results.items()
+    ]
+    columns = ("", "saved MiB", "planned", "peak MiB", "planned", "step ms", "x", "loss")
+    common.table("one step, forward and backward", columns, rows)
+    for config, r in results.items():
+        for note in r["notes"]:
+            print(f"{config}: {note}")
 
 
 def main() -> None:
@@ -75,31 +83,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--d", type=int, default=256)
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), help="first: the base of the ratios")
+    for name in SHAPES["cuda"]:
+        defaults = " or ".join(str(shape[name]) for shape in SHAPES.values())
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"by device: {defaults}")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
-    if args.cell:
-        spec = json.loads(args.cell)
-        print(json.dumps({**spec, **cell(spec)}))
-        return
-    shared = {k: getattr(args, k) for k in ("tokens", "vocab", "d", "dtype", "steps")}
-    shared["device"] = str(common.pick_device(args.device))
-    results = [common.run_cell("bench.chunked_loss", {**shared, "config": c}, 500.0) for c in args.configs]
-    for r in results:
-        if "failed" in r:
-            print(r["config"], "failed:", r["failed"])
-            continue
-        sizes = [
-            f"{r.get(k, 0) / measure.MIB:.1f}" for k in ("saved", "peak", "planned_saved", "planned_peak")
-        ]
-        print(f"{r['config']:28} saved, peak, planned saved, planned peak MiB: {', '.join(sizes)};", end=" ")
-        print(f"{r['step_ms']:.1f} ms; loss {r['loss']:.6f}")
+    device = common.pick_device(args.device)
+    given = {name: getattr(args, name) for name in SHAPES["cuda"] if getattr(args, name) is not None}
+    shape = {**SHAPES["cuda" if device.type == "cuda" else "cpu"], **given}
+    spec = {"shape": shape, "device": str(device), "dtype": args.dtype}
+    set_default_config({"report": "off"})
+    torch._dynamo.config.recompile_limit = 2 * len(args.configs) + 8
+    results: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], None]] = {}
+    for config in args.configs:
+        results[config], steps[config] = measured(config, spec)
+    times = take_turns(steps, device, args.steps)
+    for config, result in results.items():
+        result["step_ms"] = statistics.median(times[config])
+        result["x"] = ratio(times[args.configs[0]], times[config])
+    common.write_json(
+        args.out,
+        {"environment": common.environment(device), **spec, "results": results, "step_ms_all": times},
+    )
+    print(", ".join(f"{name} {value}" for name, value in shape.items()), args.dtype, device)
+    report(results)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ SMALL = {"layers": 2, "d": 128, "heads": 4, "kv_heads": 4, "ff": 344, "vocab": 5
 
 
 def build(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, torch.device]:
-    """The model in bf16 and a batch, the same in every process."""
+    """The model (in bf16 unless ``spec`` says otherwise) and a batch, the same in every process."""
     device = torch.device(spec["device"])
     shape = TransformerConfig(**spec["shape"])
     torch.manual_seed(0)
     with device:
-        model = WithLoss(Llama(shape)).to(torch.bfloat16)
+        model = WithLoss(Llama(shape))
+    if spec.get("dtype", "bf16") == "bf16":
+        model = model.to(torch.bfloat16)
     inputs, targets = text_batches(shape)(0, device)
     return model, inputs, targets, device
 
@@ -92,20 +94,28 @@ def turns(spec: dict[str, Any]) -> dict[str, Any]:
         loss = run(inputs, targets)  # shows in the results that each one did run its own graph
         saved[config] = measure.saved(loss, measure.model_tensors(model, inputs, targets)).nbytes
         del loss
-    times: dict[str, list[float]] = {config: [] for config in steps}
-    order = list(steps)
-    for i in range(spec["steps"]):
-        for config in order if i % 2 == 0 else reversed(order):
-            times[config] += measure.time_steps(steps[config], device, 1)
+    times = take_turns(steps, device, spec["steps"])
     return {
         "step_ms": {c: statistics.median(t) for c, t in times.items()},
-        "ratio": {c: _ratio(times[order[0]], t) for c, t in times.items()},
+        "ratio": {c: ratio(times[spec["turns"][0]], t) for c, t in times.items()},
         "saved": saved,
         "step_ms_all": times,
     }
 
 
-def _ratio(base: list[float], other: list[float]) -> float:
+def take_turns(
+    steps: dict[str, Callable[[], None]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every step in every round; every other round goes backwards."""
+    times: dict[str, list[float]] = {config: [] for config in steps}
+    order = list(steps)
+    for i in range(rounds):
+        for config in order if i % 2 == 0 else reversed(order):
+            times[config] += measure.time_steps(steps[config], device, 1)
+    return times
+
+
+def ratio(base: list[float], other: list[float]) -> float:
     """The median over rounds of the ratio within a round."""
     return statistics.median(b / a for a, b in zip(base, other, strict=True))
 

@@ -16,6 +16,7 @@ from .capture import CapturedGraph, owner, tensor
 from .classify import Classifier, is_reduction
 from .codecs import Codec, get_codec
 from .config import CompileConfig
+from .devices import DeviceProfile, profile_for
 from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
 
@@ -42,6 +43,14 @@ class MemoryModel:
     def classes(self) -> Classifier:
         """Classes of the forward values (numerics rules)."""
         return Classifier(self.captured)
+
+    @cached_property
+    def device(self) -> DeviceProfile:
+        """The device that the graph runs on: an accelerator where one of its values is on one."""
+        values = (tensor(n) for n in self.captured.savable)
+        devices = [v.device for v in values if v is not None]
+        accelerators = [d for d in devices if d.type != "cpu"]
+        return profile_for((accelerators or devices or [torch.device("cpu")])[0])
 
     @cached_property
     def baseline(self) -> dict[fx.Node, int]:

@@ -11,47 +11,88 @@ from . import compat
 from .analyze import MemoryModel
 from .capture import tensor
 from .compat import packet
+from .devices import DeviceProfile
 from .passes import ChunkLoss
-from .rows import LOSS_CHUNK, Declined, RowFinder, RowRegion, shape_of
+from .rows import LOSS_CHUNK, Declined, RowFinder, RowRegion
+from .simulate import Peaks
 from .types import TensorClass
 
 aten = torch.ops.aten
 MAX_CHUNKS = 32  # each is some thirty nodes to compile
-#: float32 logits must take this much more than what chunks need in their place.
-WORTH = 1.5
+#: Smaller chunks save little: accumulator and weights' gradient of such a head are as large.
+CHUNK_BYTES = 64 * 2**20
+#: Time to accumulate gradients of the weight that a chunk may take, as a share of its matmuls'.
+ACCUMULATING = 0.1
+#: Share of the peak that "auto" must gain. One matmul more is a quarter to a third of the head's time, which
+#: is 5 to 10 % of the step of a model whose logits are large enough: less memory than time is no bargain.
+LEAST_GAIN = 0.1
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """The pass to run, or None, and sentences for the report."""
+    """The pass to run, or None.
+
+    Attributes:
+        declined: sentences for the report, on logits that cannot be chunked.
+        done: one more, true once the pass has run.
+    """
 
     chunk: ChunkLoss | None
-    notes: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+    done: str = ""
 
 
 def choose_chunks(model: MemoryModel) -> Chunking:
-    """Choose one loss of the graph that is to be computed in chunks; call again until there is none."""
+    """Choose one loss of the graph that can be computed in chunks; call again until there is none.
+
+    Whether ``"auto"`` wants that is decided on the two plans: :func:`why_whole`.
+    """
     config, notes = model.config, []
     candidates = [n for n in model.captured.savable if config.chunk_loss and _is_logits(model, n)]
     for node in sorted(candidates, key=_float32_bytes, reverse=True):
         size = _float32_bytes(node)
-        if config.chunk_loss == "auto" and size <= config.loss_chunk_bytes:
+        if config.chunk_loss == "auto" and size <= (config.loss_chunk_bytes or CHUNK_BYTES):
             break
         try:
             region = RowFinder(model.captured, node).find()
             _check_operands(model, node)
-            chunks = _count(size, region.rows, config.loss_chunk_bytes)
-            if config.chunk_loss == "auto":
-                _check_worth(region, size, chunks)
         except Declined as why:
             notes.append(f"{node.name}: {size / 2**20:.1f} MiB of float32 logits are not chunked: {why}")
             continue
-        note = (
+        fewest = 1 if config.loss_chunk_bytes else rows_worth_a_chunk(region, model.device)
+        chunks = _count(size, region.rows, config.loss_chunk_bytes or CHUNK_BYTES, fewest)
+        done = (
             f"{node.name}: logits and loss in {chunks} chunks of tokens: {size / 2**20:.1f} MiB of float32 "
             "logits are never all alive, for one more matmul in the backward"
         )
-        return Chunking(ChunkLoss(region, chunks), (*notes, note))
+        return Chunking(ChunkLoss(region, chunks), tuple(notes), done)
     return Chunking(None, tuple(notes))
+
+
+def rows_worth_a_chunk(region: RowRegion, device: DeviceProfile) -> float:
+    """Rows from which on accumulating takes at most :data:`ACCUMULATING` of the time of a chunk's matmuls.
+
+    Both grow with the weight, which cancels out. A chunk's product is written and read in the weight's dtype,
+    the accumulator read and written in float32; the matmuls are the logits', twice, and one a gradient.
+    """
+    kinds = list(region.ends.values())
+    if "weight" not in kinds:
+        return 1.0
+    itemsize: int = region.logits.meta["val"].dtype.itemsize
+    moved = 2 * itemsize + 2 * max(4, itemsize)
+    matmuls = 2 + kinds.count("weight") + kinds.count("rows")
+    flop = 2 * matmuls
+    return (moved / device.bytes_per_us) * device.flop_per_us(itemsize) / (ACCUMULATING * flop)
+
+
+def why_whole(whole: Peaks, chunked: Peaks) -> str:
+    """Why ``"auto"`` leaves a loss whole, given the peaks of both plans; empty where it does not."""
+    if chunked.peak <= (1 - LEAST_GAIN) * whole.peak:
+        return ""
+    return (
+        f"the simulated peak would be {chunked.peak / 2**20:.1f} instead of {whole.peak / 2**20:.1f} MiB, "
+        f"not {LEAST_GAIN:.0%} less, for one more matmul"
+    )
 
 
 def _is_logits(model: MemoryModel, node: fx.Node) -> bool:
@@ -69,9 +110,10 @@ def _float32_bytes(node: fx.Node) -> int:
     return 0 if value is None else compat.hint(value.numel()) * 4
 
 
-def _count(size: int, rows: int, chunk_bytes: int) -> int:
+def _count(size: int, rows: int, chunk_bytes: int, fewest: float) -> int:
+    """A power of two, at least two: chunks of at most ``chunk_bytes``, but of ``fewest`` rows or more."""
     chunks = 2
-    while chunks < min(MAX_CHUNKS, rows) and size > chunks * chunk_bytes:
+    while chunks < MAX_CHUNKS and size > chunks * chunk_bytes and rows >= 2 * chunks * fewest:
         chunks *= 2
     return chunks
 
@@ -86,14 +128,3 @@ def _check_operands(model: MemoryModel, logits: fx.Node) -> None:
             raise Declined(f"{node} is overwritten in the forward")
     if logits.kwargs:
         raise Declined("its bias is scaled")
-
-
-def _check_worth(region: RowRegion, size: int, chunks: int) -> None:
-    """Raises :class:`Declined` where the gradients' float32 accumulators eat up what chunks save."""
-    instead = size // chunks
-    for node, kind in region.ends.items():
-        if kind == "weight":
-            rows, width = shape_of(node)
-            instead += rows * width * (4 + node.meta["val"].dtype.itemsize)
-    if size < WORTH * instead:
-        raise Declined(f"chunks and the accumulator of the weight's gradient take {instead / 2**20:.1f} MiB")

@@ -62,7 +62,7 @@ class CompileConfig:
         min_bytes: storages smaller than this many bytes are never compressed.
         group_size: elements that share one scale in the group codecs.
         chunk_loss: whether logits and loss are computed some tokens at a time; ``"auto"``: where it pays.
-        loss_chunk_bytes: float32 logits that one chunk may have, in bytes.
+        loss_chunk_bytes: float32 logits that one chunk may have, in bytes; None: as the device suggests.
         inductor_mode: the Inductor mode in force, ``"default"`` when none was given.
         inductor_explicit: Inductor options the user wrote, by their full names.
     """
@@ -76,8 +76,8 @@ class CompileConfig:
     deny: tuple[str, ...] = ()
     min_bytes: int = 16 * 1024
     group_size: int = 64
-    chunk_loss: bool | str = False
-    loss_chunk_bytes: int = 64 * 2**20
+    chunk_loss: bool | str = "auto"
+    loss_chunk_bytes: int | None = None
     inductor_mode: str = "default"
     inductor_explicit: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -321,10 +321,12 @@ def _parse_chunk_loss(name: str, value: Any) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
         return value
     valid = "'auto', True or False"
-    raise _wrong(name, value, valid, "'auto' is where it saves memory", near=("auto",))
+    raise _wrong(name, value, valid, "'auto' is where it lowers the peak", near=("auto",))
 
 
-def _parse_loss_chunk_bytes(name: str, value: Any) -> int:
+def _parse_loss_chunk_bytes(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
     size = parse_size(name, value)
     if size == 0:
         raise _wrong(name, value, f"more than 0 bytes: {_SIZE_VALID}", "write e.g. '64MiB'")

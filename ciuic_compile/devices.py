@@ -13,8 +13,7 @@ class DeviceProfile:
 
     Attributes:
         bytes_per_us: memory bandwidth, bytes read plus written per microsecond.
-        half_flops: matmuls in bfloat16 or float16, floating-point operations per microsecond.
-        full_flops: the same in float32 (no TF32).
+        half_flop_per_us: matmuls of 16-bit values, floating point operations per microsecond.
         caches: whether torch's caching allocator stands between (CUDA).
         context_bytes: what a process takes beside the allocator's segments (CUDA context,
             loaded kernels); None where it was not measured.
@@ -22,8 +21,7 @@ class DeviceProfile:
 
     name: str
     bytes_per_us: float
-    half_flops: float
-    full_flops: float
+    half_flop_per_us: float
     context_bytes: int | None = None
     caches: bool = True
 
@@ -31,22 +29,23 @@ class DeviceProfile:
         """Time to move ``nbytes`` at full bandwidth, in microseconds."""
         return nbytes / self.bytes_per_us
 
-    def flops_per_us(self, dtype: torch.dtype) -> float:
-        """Matmul rate for operands of this dtype, floating-point operations per microsecond."""
-        return self.half_flops if dtype.itemsize == 2 else self.full_flops
+    def flop_per_us(self, itemsize: int) -> float:
+        """Matmul rate for elements of so many bytes: float32 may run as TF32, at half the rate of 16 bits."""
+        return self.half_flop_per_us * min(1.0, 2 / itemsize)
 
 
-# H200: a device-to-device copy moved 4.0 TB/s and more; its context after a first matmul is that of
-# bench/results/workspaces-h200.json; large bf16 matmuls reached 700 to 790 TFLOP/s there. The others are
-# vendors' datasheets: bandwidth, and three quarters of the dense matmul rates.
+# Bandwidths. H200: a device-to-device copy moved 4.0 TB/s and more; its context after a first matmul is that
+# of bench/results/workspaces-h200.json. The other GPUs: vendors' datasheets.
+# Matmul rates of GPUs: datasheets, dense bfloat16. Real ones are lower (an H200's whole Llama step in
+# bench/results/step_time-h200.json ran at 610 TFLOP/s), so what is weighed against matmuls weighs less.
 _PROFILES = (
-    DeviceProfile("h200", 4.0e6, 7.0e8, 5.0e7, context_bytes=623_706_112),
-    DeviceProfile("h100", 3.0e6, 7.0e8, 5.0e7),
-    DeviceProfile("a100", 1.7e6, 2.3e8, 1.5e7),
-    DeviceProfile("rtx 4090", 0.95e6, 1.2e8, 6.0e7),
+    DeviceProfile("h200", 4.0e6, 989e6, context_bytes=623_706_112),
+    DeviceProfile("h100", 3.0e6, 989e6),
+    DeviceProfile("a100", 1.7e6, 312e6),
+    DeviceProfile("rtx 4090", 0.95e6, 165e6),
 )
-_GENERIC_GPU = DeviceProfile("gpu", 1.0e6, 1.0e8, 1.5e7)
-_CPU = DeviceProfile("cpu", 2.0e4, 1.0e5, 1.0e5, caches=False)  # two cores
+_GENERIC_GPU = DeviceProfile("gpu", 1.0e6, 200e6)  # assumed: as many operations a byte as the others
+_CPU = DeviceProfile("cpu", 2.0e4, 2.6e5, caches=False)  # two cores of an EPYC: 18 GB/s, 261 GFLOP/s in bf16
 
 
 def profile_for(device: torch.device) -> DeviceProfile:

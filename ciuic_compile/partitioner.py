@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
-from .chunking import Chunking, choose_chunks
+from .chunking import Chunking, choose_chunks, why_whole
 from .config import CompileConfig
 from .confirm import joint_of
-from .devices import DeviceProfile, profile_for
-from .errors import VerificationError
+from .errors import InfeasibleBudgetError, VerificationError
 from .passes import Graphs, default_passes, run_pipeline
-from .planner import Selection, choose_codecs, fit_budget, make_plan, select
+from .planner import Codecs, Selection, choose_codecs, fit_budget, make_plan, select
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .types import Plan
+
+STAYS_WHOLE = "the loss is not chunked, though it could be"
 
 
 class CiuicPartitioner(CustomPartitionerFn):
@@ -63,55 +63,175 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
-        num_fwd_outputs: int = kwargs["num_fwd_outputs"]
-        stage: dict[str, Any] = {"notes": (), "may_chunk": True}
 
-        def choose(
-            graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
-        ) -> list[fx.Node]:
-            captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
-            model = analyze(captured, self._config, stage.get("original"))
-            if "baseline" not in stage:
-                pair = compat.extract(gm, captured.baseline_saved, info, num_fwd_outputs)
-                stage["baseline"] = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
-            chunking = choose_chunks(model) if stage["may_chunk"] else Chunking(None)
-            stage["notes"] += chunking.notes
-            if chunking.chunk is not None:
-                stage.setdefault("original", model)
-                stage["chunked"] = fx.GraphModule(gm, chunking.chunk.run(captured))
-                return list(captured.baseline_saved)  # for nothing: the chunked graph is partitioned next
-            selection = select(model)
-            lossy = self._config.lossy
-            if model.original and not follows_rules(captured, model.classes, selection.saved, lossy):
-                # the logits that the backward makes again must be those of the forward
-                stage["notes"] = ("the loss is not chunked: its hidden states cannot be saved as they are",)
-                stage.update(chunked=gm, may_chunk=False, original=None)
-                return list(captured.baseline_saved)
-            if self._config.budget is not None:
+        def partition(
+            joint: fx.GraphModule, whole: Candidate | None = None
+        ) -> tuple[Graphs, Candidate | None]:
+            return _partition(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
 
-                def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
-                    pair = compat.extract(stage["joint"], saved, info, num_fwd_outputs)
-                    named = {n.name: codec for n, codec in codecs.items() if codec}
-                    return peaks_with(Graphs(*pair, num_fwd_outputs), named, self._correction)
-
-                selection = fit_budget(model, selection, _device(model), judge)
-            stage["model"] = model
-            stage["selection"] = replace(selection, notes=(*stage["notes"], *selection.notes))
-            return list(selection.saved)
-
-        stage["joint"] = gm
-        forward, backward = compat.partition_with(gm, joint_inputs, choose, **kwargs)
-        while (chunked := stage.pop("chunked", None)) is not None:
-            stage["joint"] = chunked
-            forward, backward = compat.partition_with(chunked, joint_inputs, choose, **kwargs)
-        if "model" not in stage:  # nothing in this graph depends on the gradients
-            return forward, backward
-        graphs = Graphs(forward, backward, num_fwd_outputs)
+        graphs, candidate = partition(gm)
+        if candidate is None:  # nothing in this graph depends on the gradients
+            return graphs.forward, graphs.backward
+        whole, tried = candidate, [candidate]
+        while (chunked := tried[-1].chunked) is not None:  # one loss after the other
+            _, candidate = partition(chunked, whole)
+            assert candidate is not None, "the gradients of a loss in chunks are gone"
+            tried.append(candidate)
+        chosen, draft, notes = self._choose(whole, tried[-1])
+        if chosen.infeasible is not None:
+            raise chosen.infeasible
+        done = [] if chosen is whole else [c.chunking.done for c in tried[:-1]]
+        notes = (*done, *chosen.chunking.declined, *notes)
+        selection = replace(chosen.selection, notes=(*notes, *chosen.selection.notes))
         self.plan = plan_and_rewrite(
-            self._name, stage["model"], stage["selection"], stage["baseline"], graphs, self._correction
+            self._name,
+            chosen.model,
+            selection,
+            chosen.baseline,
+            chosen.graphs,
+            self._correction,
+            draft,
         )
-        self.joint = joint_of(graphs)
-        return graphs.forward, graphs.backward
+        self.joint = joint_of(chosen.graphs)
+        return chosen.graphs.forward, chosen.graphs.backward
+
+    def _choose(
+        self, whole: Candidate, chunked: Candidate
+    ) -> tuple[Candidate, Draft | None, tuple[str, ...]]:
+        """The loss whole or in chunks; its draft where that was needed, and a note where it could be chunked.
+
+        Compared are the peaks of both final plans, codecs and budget included: what codecs do to the other
+        saved tensors decides whether the logits set the peak.
+        """
+        if chunked is whole:
+            return whole, None, ()
+        if not follows_rules(
+            chunked.model.captured, chunked.model.classes, chunked.selection.saved, self._config.lossy
+        ):
+            # the logits that the backward makes again must be those of the forward
+            return whole, None, ("the loss is not chunked: its hidden states cannot be saved as they are",)
+        if self._config.chunk_loss is True:
+            return chunked, None, ()
+        if whole.infeasible is not None:
+            return chunked, None, ()
+        one = make_draft(whole.model, whole.selection, whole.graphs, self._correction)
+        if chunked.infeasible is not None:
+            return whole, one, (f"{STAYS_WHOLE}: the budget leaves no room for it",)
+        other = make_draft(chunked.model, chunked.selection, chunked.graphs, self._correction)
+        if one.codecs.tightened and other.codecs.variance < one.codecs.variance:
+            return chunked, other, ()  # the budget would cost the gradients more
+        if why := why_whole(one.planned, other.planned):
+            return whole, one, (f"{STAYS_WHOLE}: {why}",)
+        return chunked, other, ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the loss: the graphs partitioned for it, and what their plan needs.
+
+    Attributes:
+        chunking: what could be chunked next, and what could not.
+        chunked: the joint graph with that in chunks; None where there is nothing (more) to chunk.
+        baseline: peaks of Inductor's own partition of the user's graph.
+    """
+
+    graphs: Graphs
+    model: MemoryModel
+    selection: Selection
+    baseline: Peaks
+    chunking: Chunking
+    chunked: fx.GraphModule | None
+    infeasible: InfeasibleBudgetError | None = None
+
+
+def _partition(
+    joint: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    config: CompileConfig,
+    whole: Candidate | None,
+    correction: int,
+    **kwargs: Any,
+) -> tuple[Graphs, Candidate | None]:
+    """Partition a joint graph by our own selection; no candidate where no part of it depends on gradients.
+
+    Args:
+        whole: the user's own graph, where ``joint`` is that with its loss in chunks.
+    """
+    num_fwd_outputs: int = kwargs["num_fwd_outputs"]
+    seen: dict[str, Any] = {}
+
+    def choose(
+        graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
+    ) -> list[fx.Node]:
+        captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
+        model = analyze(captured, config, whole.model if whole is not None else None)
+        if whole is None:
+            pair = compat.extract(joint, captured.baseline_saved, info, num_fwd_outputs)
+            peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+        else:
+            peaks = whole.baseline
+        chunking = choose_chunks(model)
+        chunk = chunking.chunk
+        chunked = fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None
+        selection, infeasible = select(model), None
+        if config.budget is not None:
+
+            def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
+                trial = Graphs(*compat.extract(joint, saved, info, num_fwd_outputs), num_fwd_outputs)
+                return _peaks(trial, {n.name: codec for n, codec in codecs.items() if codec}, correction)
+
+            try:
+                selection = fit_budget(model, selection, judge)
+            except InfeasibleBudgetError as error:
+                infeasible = error
+        seen.update(
+            model=model,
+            selection=selection,
+            baseline=peaks,
+            chunking=chunking,
+            chunked=chunked,
+            infeasible=infeasible,
+        )
+        return list(selection.saved)
+
+    forward, backward = compat.partition_with(joint, joint_inputs, choose, **kwargs)
+    graphs = Graphs(forward, backward, num_fwd_outputs)
+    return graphs, Candidate(graphs, **seen) if seen else None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan before it is written down: its codecs, and the simulated peaks with them.
+
+    Attributes:
+        saved: the selected nodes, as far as the partitioned graphs save them.
+        added: bytes of saved tensors that were not selected.
+    """
+
+    saved: tuple[fx.Node, ...]
+    codecs: Codecs
+    planned: Peaks
+    added: int
+
+
+def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correction: int = 0) -> Draft:
+    """Choose codecs for a partitioned graph, if the selection has none; the graphs stay as they are."""
+    # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
+    storages = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
+    present = {n.name for n in storages}
+    chosen = {n.name for n in selection.saved}
+    added = sum(tensor_bytes(n.meta["val"]) for n in storages if n.name not in chosen)
+    selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
+
+    codecs = selection.codecs or choose_codecs(model, selection)
+    return Draft(selection.saved, codecs, _peaks(_copy(graphs), codecs.by_name, correction), added)
+
+
+def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
+    """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
+    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
 
 def plan_and_rewrite(
@@ -121,27 +241,24 @@ def plan_and_rewrite(
     baseline: Peaks,
     graphs: Graphs,
     correction: int = 0,
+    draft: Draft | None = None,
 ) -> Plan:
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
+
+    Args:
+        draft: that of these graphs, where it was already made.
 
     Raises:
         VerificationError: the rewritten graphs save other bytes than the plan says.
     """
-    device = _device(model)
-    # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
-    storages = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
-    present = {n.name for n in storages}
-    chosen = {n.name for n in selection.saved}
-    added = sum(tensor_bytes(n.meta["val"]) for n in storages if n.name not in chosen)
-    selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
-
-    codecs = selection.codecs or choose_codecs(model, selection, device)
-    planned = peaks_with(_copy(graphs), codecs.by_name, correction)
+    draft = draft or make_draft(model, selection, graphs, correction)
+    selection = replace(selection, saved=draft.saved)
+    codecs, planned, added = draft.codecs, draft.planned, draft.added
     notes = run_pipeline(graphs, default_passes(codecs.by_name))
     audited = sum(
         tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     )
-    plan = make_plan(name, model, selection, codecs, baseline, planned, device, notes)
+    plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
     plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
     if added:
         plan = replace(
@@ -157,13 +274,6 @@ def plan_and_rewrite(
     return plan
 
 
-def peaks_with(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
-    """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
-    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
-    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
-    return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
-
-
 def _stays(node: fx.Node, present: set[str]) -> bool:
     return node.name in present or tensor(node) is None or node.op in ("placeholder", "get_attr")
 
@@ -173,10 +283,3 @@ def _copy(graphs: Graphs) -> Graphs:
         return fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
     return Graphs(copied(graphs.forward), copied(graphs.backward), graphs.num_fwd_outputs)
-
-
-def _device(model: MemoryModel) -> DeviceProfile:
-    values = (tensor(n) for n in model.captured.savable)
-    devices = [v.device for v in values if v is not None]
-    accelerators = [d for d in devices if d.type != "cpu"]
-    return profile_for((accelerators or devices or [torch.device("cpu")])[0])

@@ -103,7 +103,7 @@ def stages(
     found: list[Stage] = []
 
     def record(
-        name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs, *rest: int
+        name: str, model: MemoryModel, selection: Selection, baseline: Peaks, graphs: Graphs, *rest: object
     ) -> Plan | None:
         found.append(Stage(model, selection, baseline, copy_graphs(graphs)))
         return None

@@ -44,7 +44,7 @@ def test_defaults(nothing: Any) -> None:
     assert config == CompileConfig()
     assert (config.mode, config.ratio, config.lossy) == ("4:1", 4.0, True)
     assert (config.report, config.min_bytes, config.group_size, config.budget) == ("short", 16384, 64, None)
-    assert (config.chunk_loss, config.loss_chunk_bytes) == (False, 64 * 2**20)
+    assert (config.chunk_loss, config.loss_chunk_bytes) == ("auto", None)
     assert config.inductor_options == {}
     assert hash(config) == hash(CompileConfig())
     assert pickle.loads(pickle.dumps(config)) == config
@@ -195,6 +195,7 @@ def test_wrong_chunk_loss(value: Any) -> None:
 
 def test_loss_chunk_bytes() -> None:
     assert parse_options({"loss_chunk_bytes": "16MiB"}).loss_chunk_bytes == 16 * 2**20
+    assert parse_options({"loss_chunk_bytes": None}).loss_chunk_bytes is None
     assert "more than 0" in refused({"loss_chunk_bytes": 0})
     assert "whole number of bytes" in refused({"loss_chunk_bytes": -1})
 

@@ -16,8 +16,10 @@ from torch import fx
 from .. import compat
 from ..analyze import MemoryModel
 from ..capture import owner, tensor
+from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
+from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
@@ -25,6 +27,7 @@ from .error_model import BOUND_FACTOR, ErrorModel
 from .fit import Fit, Judge, fit
 from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
+from .timing import node_us
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,17 @@ class Codecs:
     gap: float
     notes: tuple[str, ...] = ()
     tightened: bool = False  # by the budget, beyond the mode's own target
+    rebuilt_us: float | None = None  # what the solver counts for all that is computed again
 
     @property
     def by_name(self) -> dict[str, str]:
         """Node name -> codec, compressed ones only."""
         return {node.name: codec for node, codec in self.chosen.items() if codec}
+
+    @property
+    def variance(self) -> float:
+        """Relative variance of the gradients that the codecs add, as the optimiser counts it."""
+        return sum(option.variance for option in self.options.values())
 
 
 def select(model: MemoryModel) -> Selection:
@@ -79,13 +88,13 @@ def _by_storage(saved: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(map(owner, saved)))
 
 
-def choose_codecs(model: MemoryModel, selection: Selection, device: DeviceProfile) -> Codecs:
+def choose_codecs(model: MemoryModel, selection: Selection) -> Codecs:
     """Codecs for the saved tensors: least error within the mode's ratio."""
     config = model.config
     baseline_bytes = model.baseline_bytes
     sizes = model.storages_of(selection.saved)
     target = int(baseline_bytes / config.ratio) if config.ratio else baseline_bytes
-    codecs = _solve(model, selection, device, target)
+    codecs = _solve(model, selection, model.device, target)
     planned = sum(o.nbytes for o in codecs.options.values())
     notes = list(codecs.notes)
     if config.ratio and planned > target and baseline_bytes:
@@ -99,7 +108,7 @@ def choose_codecs(model: MemoryModel, selection: Selection, device: DeviceProfil
     return replace(codecs, notes=tuple(notes))
 
 
-def fit_budget(model: MemoryModel, selection: Selection, device: DeviceProfile, judge: Judge) -> Selection:
+def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Selection:
     """The selection with its codecs if that is within the budget; else what the solver chooses in its place.
 
     Args:
@@ -110,7 +119,7 @@ def fit_budget(model: MemoryModel, selection: Selection, device: DeviceProfile, 
     """
     config = model.config
     assert config.budget is not None
-    codecs = choose_codecs(model, selection, device)
+    codecs, device = choose_codecs(model, selection), model.device
     if judge(selection.saved, codecs.chosen).peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
@@ -144,8 +153,16 @@ def _described(
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
         picked[node] = next(o for o in options if o.codec == chosen.get(node))
-    solution = found.solution
-    return Codecs({n: o.codec for n, o in picked.items()}, picked, solution.bound, solution.gap, tightened=True)
+    solution, problem = found.solution, found.problem
+    again = [problem.candidates[v].rebuild for v in solution.evaluation.rebuilt]
+    return Codecs(
+        {n: o.codec for n, o in picked.items()},
+        picked,
+        solution.bound,
+        solution.gap,
+        tightened=True,
+        rebuilt_us=sum(r.time_us for r in again if r is not None),
+    )
 
 
 def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
@@ -197,7 +214,10 @@ def make_plan(
     mse = {n: _mse(c) for n, c in codecs.chosen.items()}
     error_model = ErrorModel(captured, model.classes, list(selection.saved))
     errors = error_model.gradient_errors(mse)
-    rebuilt_us = sum(device.microseconds(2 * size) for n, size in before.items() if n not in ours)
+    rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
+    rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
+    if codecs.rebuilt_us is not None:
+        rebuilt_us = codecs.rebuilt_us
     return Plan(
         name=name,
         mode=model.config.mode,
@@ -211,7 +231,7 @@ def make_plan(
         planned_peak_bytes=planned.peak,
         gradient_error=error_model.whole(errors),
         gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
-        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us,
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
@@ -222,6 +242,17 @@ def make_plan(
         notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
+
+
+def _logits_again_us(model: MemoryModel) -> float:
+    """Time of the matmuls that make a chunked loss's logits a second time, in microseconds."""
+    total = 0.0
+    for node in model.captured.graph.nodes:
+        if node.meta.get(LOSS_CHUNK) and model.captured.is_backward(node):
+            factor, made = node.args[-2].meta["val"], node.meta["val"]
+            flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
+            total += flop / model.device.flop_per_us(made.dtype.itemsize)
+    return total
 
 
 def _unmatched(model: MemoryModel) -> list[str]:
@@ -239,10 +270,10 @@ def _decision(
     storage = model.storage(node)
     before = model.baseline_here.get(node, 0)
     if node not in ours:
-        return Decision(
-            storage, Action.RECOMPUTE, None, 0, before, 0.0, device.microseconds(2 * before),
-            "rebuilt in the backward by cheap operations",
-        )  # fmt: skip
+        again = is_contraction(node)
+        time_us = node_us(node, device) if again else device.microseconds(2 * before)
+        reason = "computed again in the backward" if again else "rebuilt in the backward by cheap operations"
+        return Decision(storage, Action.RECOMPUTE, None, 0, before, 0.0, time_us, reason)
     option = codecs.options[node]
     if option.codec is None:
         reason = storage.kept_because or "compressing it was not needed for the target"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .. import compat
 from ..capture import tensor
-from ..classify import is_contraction, packet
+from ..classify import packet
 from ..devices import DeviceProfile
 from ..simulate import tensor_bytes
 
@@ -16,7 +15,7 @@ from ..simulate import tensor_bytes
 def node_us(node: fx.Node, device: DeviceProfile) -> float:
     """Microseconds that the node takes when it runs by itself: its inputs read, its results written."""
     moved = tensor_bytes(node.meta.get("val")) + sum(tensor_bytes(i.meta.get("val")) for i in node.all_input_nodes)
-    return max(device.microseconds(moved), flops(node) / device.flops_per_us(_dtype(node)))
+    return max(device.microseconds(moved), flops(node) / device.flop_per_us(_itemsize(node)))
 
 
 def flops(node: fx.Node) -> float:
@@ -28,7 +27,7 @@ def flops(node: fx.Node) -> float:
     return float(compat.hint(count(*args, **kwargs, out_val=node.meta["val"])))
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    operands = (tensor(i) for i in node.all_input_nodes)
-    dtypes = [v.dtype for v in operands if v is not None and v.dtype.is_floating_point]
-    return dtypes[0] if dtypes and is_contraction(node) else torch.float32
+def _itemsize(node: fx.Node) -> int:
+    """Of the first floating-point operand."""
+    values = (tensor(i) for i in node.all_input_nodes)
+    return next((v.dtype.itemsize for v in values if v is not None and v.dtype.is_floating_point), 4)
