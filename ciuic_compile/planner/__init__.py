@@ -145,7 +145,11 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
 
 
 def _described(
-    model: MemoryModel, selection: Selection, chosen: Mapping[fx.Node, str | None], device: DeviceProfile, found: Fit
+    model: MemoryModel,
+    selection: Selection,
+    chosen: Mapping[fx.Node, str | None],
+    device: DeviceProfile,
+    found: Fit,
 ) -> Codecs:
     """What the solver chose, with the error of each storage among these saved ones."""
     coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
@@ -153,15 +157,14 @@ def _described(
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
         picked[node] = next(o for o in options if o.codec == chosen.get(node))
-    solution, problem = found.solution, found.problem
-    again = [problem.candidates[v].rebuild for v in solution.evaluation.rebuilt]
+    stored_us = sum(o.time_us for n, o in picked.items() if chosen.get(n))
     return Codecs(
         {n: o.codec for n, o in picked.items()},
         picked,
-        solution.bound,
-        solution.gap,
+        found.bound,
+        found.gap,
         tightened=True,
-        rebuilt_us=sum(r.time_us for r in again if r is not None),
+        rebuilt_us=max(0.0, found.evaluation.time_us - stored_us),
     )
 
 

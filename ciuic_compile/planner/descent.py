@@ -13,7 +13,7 @@ import numpy as np
 
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate
 
-#: Choosing one value for candidates together, and which of a group's members: all, halves, every other, thirds.
+#: Candidates that change together, and what is chosen for them.
 Move = tuple[tuple[int, ...], int]
 _NOTHING = 1e-9
 

@@ -10,8 +10,8 @@ from torch import fx
 from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
-from .program import Decision, Problem, evaluate
-from .solve import Infeasible, Solution, solve
+from .program import Decision, Evaluation, Problem, evaluate
+from .solve import Infeasible, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
@@ -27,15 +27,17 @@ class Fit:
     """What is saved under a budget, how, and the optimiser's certificate.
 
     Attributes:
-        solution: its costs are microseconds, error counted in.
-        problem: what was solved, with its limits.
+        evaluation: what the decision does in the program; its cost is microseconds, error counted in.
+        bound: no decision within the program's limits costs less.
+        gap: ``(cost - bound) / cost``.
     """
 
     saved: tuple[fx.Node, ...]
     codecs: Mapping[fx.Node, str | None]
     peaks: Peaks
-    solution: Solution
-    problem: Problem
+    evaluation: Evaluation
+    bound: float = 0.0
+    gap: float = 1.0
 
 
 def fit(
@@ -49,8 +51,8 @@ def fit(
 ) -> Fit:
     """The cheapest decision whose simulated peak is within ``budget`` bytes.
 
-    The program's peak is an estimate of the rewritten graphs'; what it was off by is taken off its budget and it
-    is solved again, a few times.
+    The program's peak is an estimate of the rewritten graphs'; what it was off by is taken off its budget,
+    and it is solved again, a few times.
 
     Args:
         start: a decision that saves little.
@@ -61,39 +63,37 @@ def fit(
         InfeasibleBudgetError: with the smallest peak that was found, and what is alive there.
     """
     problem = replace(formulation.problem, max_saved=max_saved, max_variance=max_variance)
-    drift = _drift(formulation, judge, problem, start)
-    best: Fit | None = None
-    smallest, certificate = 2**62, None
-    starts = [start]
-    for _ in range(_ROUNDS):
-        limited = replace(problem, budget=budget - drift)
-        solution = solve(limited, seconds / _ROUNDS, _GAP, starts)
-        decision = solution.decision
-        if decision is None:
-            break
+
+    def judged(decision: Decision) -> Fit:
         saved, codecs = formulation.saved(decision), formulation.stored(decision)
-        peaks = judge(saved, codecs)
-        if peaks.peak < smallest:
-            smallest = peaks.peak
+        return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
+
+    starts, tried = [start], [judged(start)]
+    certificate: Infeasible | None = None
+    for _ in range(_ROUNDS):
+        drift = tried[-1].peaks.peak - tried[-1].evaluation.peak_bytes
+        solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
+        if solution.decision is None or solution.decision in starts:
+            break
+        starts.append(solution.decision)
+        found = judged(solution.decision)
         if isinstance(solution, Infeasible):
             certificate = solution
-            if peaks.peak > budget:
-                break
-        elif peaks.peak <= budget and (best is None or solution.evaluation.cost < best.solution.evaluation.cost):
-            best = Fit(saved, codecs, peaks, solution, limited)
-        starts.append(decision)
-        change = peaks.peak - evaluate(problem, decision).peak_bytes - drift
-        if change == 0 or (best is not None and 0 <= -change <= _ROOM * budget):
+        else:
+            found = replace(found, bound=solution.bound, gap=solution.gap)
+        tried.append(found)
+        room = budget - found.peaks.peak
+        if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
             break
-        drift += change
-    if best is None:
-        raise _infeasible(formulation, budget, smallest, certificate)
-    return best
+    fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
+    if not fitting:
+        raise _infeasible(formulation, budget, min(f.peaks.peak for f in tried), certificate)
+    return min(fitting, key=lambda f: f.evaluation.cost)
 
 
-def _drift(formulation: Formulation, judge: Judge, problem: Problem, decision: Decision) -> int:
-    peaks = judge(formulation.saved(decision), formulation.stored(decision))
-    return peaks.peak - evaluate(problem, decision).peak_bytes
+def _keeps_limits(problem: Problem, found: Evaluation) -> bool:
+    saved, variance = problem.max_saved, problem.max_variance
+    return (saved is None or found.saved_bytes <= saved) and (variance is None or found.variance <= variance)
 
 
 def _infeasible(

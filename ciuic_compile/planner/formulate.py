@@ -1,4 +1,4 @@
-"""From a joint graph to the planning problem of ``program.py``: who may be stored or rebuilt, and who is alive when.
+"""From a joint graph to the problem of ``program.py``: what may be stored or rebuilt, and is alive when.
 
 Steps are the ops of the forward, in order, and then those of the backward. Like ``simulate.py``: what
 Inductor fuses into its readers takes no memory and reads its inputs when they run; everything else is
@@ -103,7 +103,10 @@ def storable(model: MemoryModel) -> list[fx.Node]:
     return [
         n
         for n in model.captured.savable
-        if n.op == "call_function" and tensor(n) is not None and owner(n) is n and n not in model.classes.pinned
+        if n.op == "call_function"
+        and tensor(n) is not None
+        and owner(n) is n
+        and n not in model.classes.pinned
     ]
 
 
@@ -130,7 +133,7 @@ class _Builder:
     # ------------------------------------------------------------ steps
 
     def _number(self) -> None:
-        """A step for every op; late forward values (parts of derivatives) run with the last of their inputs."""
+        """A step for every op; late values (parts of derivatives) run with the last of their inputs."""
         captured, counter = self.model.captured, 0
         early = self.model.classes.used_forward
         for node in captured.savable:
@@ -138,7 +141,9 @@ class _Builder:
                 self.step[node] = counter
                 counter += 1
             else:
-                self.step[node] = max((self.step[i] for i in node.all_input_nodes if i in self.step), default=0)
+                self.step[node] = max(
+                    (self.step[i] for i in node.all_input_nodes if i in self.step), default=0
+                )
         self.forward_steps = counter = max(counter, 1)
         for node in self._backward:
             self.step[node] = counter - (not _is_op(node))
@@ -206,7 +211,9 @@ class _Builder:
             for other in after[node]:
                 given = inputs.get(other) or ()
                 if node in given:
-                    inputs[other] = tuple(dict.fromkeys(j for i in given for j in (sources if i is node else (i,))))
+                    inputs[other] = tuple(
+                        dict.fromkeys(j for i in given for j in (sources if i is node else (i,)))
+                    )
             for source in sources:
                 after[source] += after[node]
             del reads[node], inputs[node]
@@ -254,7 +261,9 @@ class _Builder:
         last_use = min(max(after, default=made), self.forward_steps - 1)
         shift = compat.is_fusible(_maker(node)) and last_use > made
         stores = tuple(
-            Store(size if o.codec is None else o.nbytes, o.time_us, o.variance, o.codec, self._unpacked(node, o))
+            Store(
+                size if o.codec is None else o.nbytes, o.time_us, o.variance, o.codec, self._unpacked(node, o)
+            )
             for o in self.options[node]
         )
         rebuild = None
@@ -330,7 +339,7 @@ class _Builder:
     # ------------------------------------------------------------ the rest
 
     def _base(self, candidates: set[fx.Node]) -> list[int]:
-        """Bytes alive at each step whatever is decided: gradients, outputs, forward values nobody asks for."""
+        """Bytes alive at each step whatever is decided: gradients, outputs, values nobody asks for."""
         captured, early = self.model.captured, self.model.classes.used_forward
         delta = [0] * (self.steps + 1)
         ends = {owner(n) for n in (*captured.fwd_outputs, *captured.bwd_outputs)}
@@ -361,7 +370,9 @@ class _Builder:
     def _step_us(self) -> float:
         """Predicted time of a step, of what writes to memory."""
         early = self.model.classes.used_forward
-        total = sum(node_us(n, self.device) for n in self._backward if self.materialized(n, self._backward_set))
+        total = sum(
+            node_us(n, self.device) for n in self._backward if self.materialized(n, self._backward_set)
+        )
         forward = (n for n in self.model.captured.savable if n in early and self.materialized(n, early))
         return max(1.0, ceil(total + sum(node_us(n, self.device) for n in forward)))
 

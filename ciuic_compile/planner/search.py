@@ -13,10 +13,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 
 from .descent import descend
+from .highs import quiet_milp
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
 
@@ -282,7 +283,7 @@ class Search:
             upper = np.array([upper[merged == k].min() for k in kept])
             if (lower > upper).any():
                 return None
-        result = milp(
+        result = quiet_milp(
             objective,
             integrality=integral,
             bounds=Bounds(lower, upper),

@@ -113,7 +113,7 @@ def _capacity(node: fx.Node, captured: CapturedGraph, stored_bytes: Callable[[fx
 
 
 def may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy: bool) -> bool:
-    """Whether the backward may compute the node again (cheap, deterministic, and no rule of numerics against it).
+    """Whether the backward may compute the node again: cheap, deterministic, no rule of numerics against it.
 
     Args:
         skips: sources of skip connections, which are not rebuilt.

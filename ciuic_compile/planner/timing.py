@@ -14,7 +14,9 @@ from ..simulate import tensor_bytes
 
 def node_us(node: fx.Node, device: DeviceProfile) -> float:
     """Microseconds that the node takes when it runs by itself: its inputs read, its results written."""
-    moved = tensor_bytes(node.meta.get("val")) + sum(tensor_bytes(i.meta.get("val")) for i in node.all_input_nodes)
+    moved = tensor_bytes(node.meta.get("val")) + sum(
+        tensor_bytes(i.meta.get("val")) for i in node.all_input_nodes
+    )
     return max(device.microseconds(moved), flops(node) / device.flop_per_us(_itemsize(node)))
 
 
