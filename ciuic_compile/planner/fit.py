@@ -11,7 +11,7 @@ from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
-from .solve import Infeasible, solve
+from .solve import Infeasible, Solution, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
@@ -69,7 +69,6 @@ def fit(
         return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
 
     starts, tried = [start], [judged(start)]
-    certificate: Infeasible | None = None
     for _ in range(_ROUNDS):
         drift = tried[-1].peaks.peak - tried[-1].evaluation.peak_bytes
         solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
@@ -77,18 +76,23 @@ def fit(
             break
         starts.append(solution.decision)
         found = judged(solution.decision)
-        if isinstance(solution, Infeasible):
-            certificate = solution
-        else:
+        if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
         room = budget - found.peaks.peak
         if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
-    if not fitting:
-        raise _infeasible(formulation, budget, min(f.peaks.peak for f in tried), certificate)
-    return min(fitting, key=lambda f: f.evaluation.cost)
+    if fitting:
+        return min(fitting, key=lambda f: f.evaluation.cost)
+    # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
+    certificate = solve(replace(problem, budget=0), seconds / _ROUNDS, _GAP, [start])
+    least = tried[0]
+    if isinstance(certificate, Infeasible) and certificate.decision is not None:
+        least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
+    if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):
+        return least
+    raise _infeasible(formulation, budget, least.peaks.peak, certificate)
 
 
 def _keeps_limits(problem: Problem, found: Evaluation) -> bool:
@@ -97,19 +101,19 @@ def _keeps_limits(problem: Problem, found: Evaluation) -> bool:
 
 
 def _infeasible(
-    formulation: Formulation, budget: int, smallest: int, certificate: Infeasible | None
+    formulation: Formulation, budget: int, smallest: int, certificate: Infeasible | Solution
 ) -> InfeasibleBudgetError:
     message = (
         f"budget {budget:,} bytes: the smallest planned peak found for this graph is {smallest:,} bytes "
         f"({smallest / 2**20:.1f} MiB); raise the budget to {smallest} bytes, or make the batch smaller"
     )
-    if certificate is not None and certificate.live:
+    if isinstance(certificate, Infeasible) and certificate.live:
         model = formulation.model
         lines = []
         for live in certificate.live[:5]:
             node = formulation.nodes[live.candidate]
             source = model.source(node)
             where = f"{source.file}:{source.line}" if source.file else str(node.target)
-            lines.append(f"  {live.nbytes / 2**20:10.1f} MiB  {node.name}  {source.module}  {where}")
+            lines.append(f"  {live.nbytes:>16,} bytes  {node.name}  {source.module}  {where}")
         message += "\nalive at its peak, largest first:\n" + "\n".join(lines)
     return InfeasibleBudgetError(message, budget_bytes=budget, smallest_bytes=smallest)
