@@ -99,9 +99,12 @@ def _planned(
         with compat_wrapper.recorded() as recording:
             try:
                 compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
-            except InfeasibleBudgetError:
+            except InfeasibleBudgetError as error:
                 if any(_fits(plan) for _, plan in attempts):
                     break
+                least = min((plan.planned_peak_bytes for _, plan in attempts), default=error.smallest_bytes)
+                if least < error.smallest_bytes:
+                    raise _over_budget([plan for _, plan in attempts]) from error
                 raise
         if not partitioner.called and stored is not None:  # Inductor's cache was warm
             return compiled, replace(stored, name=name)
@@ -127,7 +130,7 @@ def _planned(
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])
-    compiled, plan = min(fitting, key=lambda attempt: attempt[1].gradient_error)
+    compiled, plan = min(fitting, key=lambda attempt: (attempt[1].gradient_error, attempt[1].time_us))
     cache.store(key, plan)
     return compiled, plan
 

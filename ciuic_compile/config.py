@@ -55,6 +55,7 @@ class CompileConfig:
         mode: ``"R:1"`` (R as written, without trailing zeros), ``"lossless"`` or ``"off"``.
         budget: bytes that the planned peak of each graph must fit in; None for no limit.
         max_error: cap on the estimated relative gradient error (dimensionless); None for no cap.
+        plan_seconds: how long planning one graph under a budget may take; then the best plan so far is taken.
         report: ``"short"``, ``"full"``, ``"off"``, or an absolute path ending .json, .html or .txt.
         allow: patterns; when not empty only what one of them matches may be compressed.
         deny: patterns; what one of them matches is never compressed.
@@ -69,6 +70,7 @@ class CompileConfig:
     mode: str = "4:1"
     budget: int | None = None
     max_error: float | None = None
+    plan_seconds: float = 10.0
     report: str = "short"
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
@@ -286,6 +288,13 @@ def _parse_max_error(name: str, value: Any) -> float | None:
     return number
 
 
+def _parse_plan_seconds(name: str, value: Any) -> float:
+    number = _finite(value)
+    if number is None or number <= 0:
+        raise _wrong(name, value, "a finite number of seconds above 0", "10 is the default")
+    return number
+
+
 def _integer(value: Any) -> int | None:
     """Return an integer of any kind as an int; None for everything else, bools among it."""
     return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
@@ -373,6 +382,7 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "mode": _parse_mode,
     "budget": _parse_budget,
     "max_error": _parse_max_error,
+    "plan_seconds": _parse_plan_seconds,
     "report": _parse_report,
     "allow": _parse_patterns,
     "deny": _parse_patterns,

@@ -18,7 +18,7 @@ from .config import CompileConfig
 from .confirm import joint_of
 from .errors import InfeasibleBudgetError, VerificationError
 from .passes import Graphs, default_passes, run_pipeline
-from .planner import Codecs, Selection, choose_codecs, make_plan, select
+from .planner import Codecs, Selection, choose_codecs, fit_budget, make_plan, select
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
@@ -67,7 +67,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         def partition(
             joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
-            return _partition(joint, joint_inputs, self._config, whole, **kwargs)
+            return _partition(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
@@ -78,6 +78,8 @@ class CiuicPartitioner(CustomPartitionerFn):
             assert candidate is not None, "the gradients of a loss in chunks are gone"
             tried.append(candidate)
         chosen, draft, notes = self._choose(whole, tried[-1])
+        if chosen.infeasible is not None:
+            raise chosen.infeasible
         done = [] if chosen is whole else [c.chunking.done for c in tried[:-1]]
         notes = (*done, *chosen.chunking.declined, *notes)
         selection = replace(chosen.selection, notes=(*notes, *chosen.selection.notes))
@@ -110,14 +112,12 @@ class CiuicPartitioner(CustomPartitionerFn):
             return whole, None, ("the loss is not chunked: its hidden states cannot be saved as they are",)
         if self._config.chunk_loss is True:
             return chunked, None, ()
-        try:
-            one = make_draft(whole.model, whole.selection, whole.graphs, self._correction)
-        except InfeasibleBudgetError:
+        if whole.infeasible is not None:
             return chunked, None, ()
-        try:
-            other = make_draft(chunked.model, chunked.selection, chunked.graphs, self._correction)
-        except InfeasibleBudgetError:
+        one = make_draft(whole.model, whole.selection, whole.graphs, self._correction)
+        if chunked.infeasible is not None:
             return whole, one, (f"{STAYS_WHOLE}: the budget leaves no room for it",)
+        other = make_draft(chunked.model, chunked.selection, chunked.graphs, self._correction)
         if one.codecs.tightened and other.codecs.variance < one.codecs.variance:
             return chunked, other, ()  # the budget would cost the gradients more
         if why := why_whole(one.planned, other.planned):
@@ -141,6 +141,7 @@ class Candidate:
     baseline: Peaks
     chunking: Chunking
     chunked: fx.GraphModule | None
+    infeasible: InfeasibleBudgetError | None = None
 
 
 def _partition(
@@ -148,6 +149,7 @@ def _partition(
     joint_inputs: Sequence[object],
     config: CompileConfig,
     whole: Candidate | None,
+    correction: int,
     **kwargs: Any,
 ) -> tuple[Graphs, Candidate | None]:
     """Partition a joint graph by our own selection; no candidate where no part of it depends on gradients.
@@ -156,7 +158,7 @@ def _partition(
         whole: the user's own graph, where ``joint`` is that with its loss in chunks.
     """
     num_fwd_outputs: int = kwargs["num_fwd_outputs"]
-    seen: list[tuple[MemoryModel, Selection, Peaks, Chunking, fx.GraphModule | None]] = []
+    seen: dict[str, Any] = {}
 
     def choose(
         graph: fx.Graph, info: compat.NodeInfo, baseline: Callable[[], list[fx.Node]]
@@ -171,13 +173,30 @@ def _partition(
         chunking = choose_chunks(model)
         chunk = chunking.chunk
         chunked = fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None
-        selection = select(model)
-        seen.append((model, selection, peaks, chunking, chunked))
+        selection, infeasible = select(model), None
+        if config.budget is not None:
+
+            def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
+                trial = Graphs(*compat.extract(joint, saved, info, num_fwd_outputs), num_fwd_outputs)
+                return _peaks(trial, {n.name: codec for n, codec in codecs.items() if codec}, correction)
+
+            try:
+                selection = fit_budget(model, selection, judge)
+            except InfeasibleBudgetError as error:
+                infeasible = error
+        seen.update(
+            model=model,
+            selection=selection,
+            baseline=peaks,
+            chunking=chunking,
+            chunked=chunked,
+            infeasible=infeasible,
+        )
         return list(selection.saved)
 
     forward, backward = compat.partition_with(joint, joint_inputs, choose, **kwargs)
     graphs = Graphs(forward, backward, num_fwd_outputs)
-    return graphs, Candidate(graphs, *seen[-1]) if seen else None
+    return graphs, Candidate(graphs, **seen) if seen else None
 
 
 @dataclass(frozen=True)
@@ -196,11 +215,7 @@ class Draft:
 
 
 def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correction: int = 0) -> Draft:
-    """Choose codecs for a partitioned graph; the graphs stay as they are.
-
-    Raises:
-        InfeasibleBudgetError: no encoding brings the simulated peak under the budget.
-    """
+    """Choose codecs for a partitioned graph, if the selection has none; the graphs stay as they are."""
     # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
     storages = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     present = {n.name for n in storages}
@@ -208,14 +223,15 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
     added = sum(tensor_bytes(n.meta["val"]) for n in storages if n.name not in chosen)
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
-    def evaluate(codecs: Mapping[str, str]) -> Peaks:
-        trial = _copy(graphs)
-        run_pipeline(trial, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
-        peaks = simulate(trial.forward.graph, trial.backward.graph, trial.num_fwd_outputs)
-        return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
+    codecs = selection.codecs or choose_codecs(model, selection)
+    return Draft(selection.saved, codecs, _peaks(_copy(graphs), codecs.by_name, correction), added)
 
-    codecs = choose_codecs(model, selection, model.device, evaluate)
-    return Draft(selection.saved, codecs, evaluate(codecs.by_name), added)
+
+def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
+    """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
+    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
 
 def plan_and_rewrite(
@@ -233,7 +249,6 @@ def plan_and_rewrite(
         draft: that of these graphs, where it was already made.
 
     Raises:
-        InfeasibleBudgetError: no encoding brings the simulated peak under the budget.
         VerificationError: the rewritten graphs save other bytes than the plan says.
     """
     draft = draft or make_draft(model, selection, graphs, correction)

@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ciuic_compile import chunking
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.chunking import ACCUMULATING, LEAST_GAIN, choose_chunks, rows_worth_a_chunk, why_whole
 from ciuic_compile.config import parse_options
 from ciuic_compile.devices import DeviceProfile, named
+from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.partitioner import Draft, make_draft, plan_and_rewrite
 from ciuic_compile.rows import RowFinder
 from ciuic_compile.simulate import Peaks
@@ -90,11 +92,14 @@ def draft(found: Stage) -> Draft:
 
 @pytest.mark.usefixtures("no_gain_is_enough")
 def test_a_budget_that_only_chunks_fit_takes_them() -> None:
-    whole = draft(staged(1, chunk_loss=False)).planned.peak
-    assert not chunked(staged(1, **AUTO, budget=whole))
-    found = staged(1, **AUTO, budget=whole - 1)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        staged(1, chunk_loss=False, budget=1000)
+    assert isinstance(caught.value.inner_exception, InfeasibleBudgetError)
+    smallest = caught.value.inner_exception.smallest_bytes
+    assert not chunked(staged(1, **AUTO, budget=smallest))
+    found = staged(1, **AUTO, budget=int(0.95 * smallest))
     assert chunked(found)
-    assert draft(found).planned.peak < whole - 1
+    assert draft(found).planned.peak <= 0.95 * smallest
 
 
 @pytest.mark.usefixtures("no_gain_is_enough")

@@ -1,12 +1,13 @@
 """Stage 4: decide for every storage whether to keep, rebuild or compress it, and how far.
 
 First the cut (which values live on at all, ``select.py``), then the codecs (``assign.py``) under the
-mode's byte target, the error cap and the budget on the peak.
+mode's byte target and the error cap. Where that plan's peak is over the budget, all three are chosen
+anew and together (``formulate.py``, ``solve.py``, ``fit.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
@@ -15,25 +16,31 @@ from torch import fx
 from .. import compat
 from ..analyze import MemoryModel
 from ..capture import owner, tensor
+from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
-from ..errors import InfeasibleBudgetError
 from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
 from .error_model import BOUND_FACTOR, ErrorModel
+from .fit import Fit, Judge, fit
+from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
-
-_BUDGET_ROUNDS = 6
+from .timing import node_us
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which nodes live from forward to backward (parameters and inputs included), with notes."""
+    """Which nodes live from forward to backward (parameters and inputs included), with notes.
+
+    Attributes:
+        codecs: how, where that was decided together (under a budget); else it is decided next.
+    """
 
     saved: tuple[fx.Node, ...]
     notes: tuple[str, ...] = ()
+    codecs: Codecs | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Codecs:
     gap: float
     notes: tuple[str, ...] = ()
     tightened: bool = False  # by the budget, beyond the mode's own target
+    rebuilt_us: float | None = None  # what the solver counts for all that is computed again
 
     @property
     def by_name(self) -> dict[str, str]:
@@ -80,25 +88,13 @@ def _by_storage(saved: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(map(owner, saved)))
 
 
-def choose_codecs(
-    model: MemoryModel,
-    selection: Selection,
-    device: DeviceProfile,
-    evaluate: Callable[[Mapping[str, str]], Peaks],
-) -> Codecs:
-    """Codecs for the saved tensors: least error within the mode's ratio and the budget.
-
-    Args:
-        evaluate: simulated peaks when these nodes (by name) are stored with these codecs.
-
-    Raises:
-        InfeasibleBudgetError: not even the smallest encodings bring the peak under the budget.
-    """
+def choose_codecs(model: MemoryModel, selection: Selection) -> Codecs:
+    """Codecs for the saved tensors: least error within the mode's ratio."""
     config = model.config
     baseline_bytes = model.baseline_bytes
     sizes = model.storages_of(selection.saved)
     target = int(baseline_bytes / config.ratio) if config.ratio else baseline_bytes
-    codecs = _solve(model, selection, device, target)
+    codecs = _solve(model, selection, model.device, target)
     planned = sum(o.nbytes for o in codecs.options.values())
     notes = list(codecs.notes)
     if config.ratio and planned > target and baseline_bytes:
@@ -109,42 +105,66 @@ def choose_codecs(
             f"{config.mode} is out of reach: "
             f"{baseline_bytes / planned:.2f}:1 is all that {limit} leaves{where}"
         )
-    free = codecs.by_name
-    if config.budget is not None:
-        codecs = _fit_budget(model, selection, device, codecs, evaluate, config.budget)
-    return replace(codecs, notes=tuple(notes), tightened=codecs.by_name != free)
+    return replace(codecs, notes=tuple(notes))
 
 
-def _fit_budget(
+def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Selection:
+    """The selection with its codecs if that is within the budget; else what the solver chooses in its place.
+
+    Args:
+        judge: simulated peaks of the rewritten graphs.
+
+    Raises:
+        InfeasibleBudgetError: no plan was found within the budget.
+    """
+    config = model.config
+    assert config.budget is not None
+    codecs, device = choose_codecs(model, selection), model.device
+    if judge(selection.saved, codecs.chosen).peak <= config.budget:
+        return replace(selection, codecs=codecs)
+    everything = storable(model)
+    coefficients = {
+        **ErrorModel(model.captured, model.classes, everything).coefficients(),
+        **ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients(),
+    }
+    options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
+    formulation = formulate(model, device, options, selection.saved)
+    smallest = _solve(model, selection, device, 0)
+    planned = sum(o.nbytes for o in codecs.options.values())
+    found = fit(
+        formulation,
+        config.budget,
+        formulation.decision(selection.saved, smallest.chosen),
+        judge,
+        config.plan_seconds,
+        max_saved=planned if config.lossy else None,
+        max_variance=config.max_error**2 if config.max_error is not None else None,
+    )
+    picked = replace(selection, saved=found.saved)
+    return replace(picked, codecs=_described(model, picked, found.codecs, device, found))
+
+
+def _described(
     model: MemoryModel,
     selection: Selection,
+    chosen: Mapping[fx.Node, str | None],
     device: DeviceProfile,
-    codecs: Codecs,
-    evaluate: Callable[[Mapping[str, str]], Peaks],
-    budget: int,
+    found: Fit,
 ) -> Codecs:
-    """Tighten the byte target until the simulated peak fits ``budget`` bytes."""
-    smallest = None
-    for _ in range(_BUDGET_ROUNDS):
-        peaks = evaluate(codecs.by_name)
-        smallest = min(peaks.peak, smallest or peaks.peak)
-        if peaks.peak <= budget:
-            return codecs
-        target = peaks.saved - (peaks.peak - budget)
-        tighter = _solve(model, selection, device, max(0, target))
-        if tighter.by_name == codecs.by_name:
-            break
-        codecs = tighter
-    least = evaluate(_solve(model, selection, device, 0).by_name)
-    if least.peak <= budget:
-        return _solve(model, selection, device, 0)
-    smallest = min(least.peak, smallest or least.peak)
-    raise InfeasibleBudgetError(
-        f"budget {budget:,} bytes: the smallest planned peak found for this graph is {smallest:,} bytes "
-        f"({smallest / 2**20:.1f} MiB; {least.saved:,} bytes of it saved tensors); "
-        f"raise the budget to {smallest} bytes, or make the batch smaller",
-        budget_bytes=budget,
-        smallest_bytes=smallest,
+    """What the solver chose, with the error of each storage among these saved ones."""
+    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    picked: dict[fx.Node, Option] = {}
+    for node in model.storages_of(selection.saved):
+        options = _options(model, node, coefficients.get(node, 0.0), device)
+        picked[node] = next(o for o in options if o.codec == chosen.get(node))
+    stored_us = sum(o.time_us for n, o in picked.items() if chosen.get(n))
+    return Codecs(
+        {n: o.codec for n, o in picked.items()},
+        picked,
+        found.bound,
+        found.gap,
+        tightened=True,
+        rebuilt_us=max(0.0, found.evaluation.time_us - stored_us),
     )
 
 
@@ -199,6 +219,8 @@ def make_plan(
     errors = error_model.gradient_errors(mse)
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
+    if codecs.rebuilt_us is not None:
+        rebuilt_us = codecs.rebuilt_us
     return Plan(
         name=name,
         mode=model.config.mode,
@@ -251,10 +273,10 @@ def _decision(
     storage = model.storage(node)
     before = model.baseline_here.get(node, 0)
     if node not in ours:
-        return Decision(
-            storage, Action.RECOMPUTE, None, 0, before, 0.0, device.microseconds(2 * before),
-            "rebuilt in the backward by cheap operations",
-        )  # fmt: skip
+        again = is_contraction(node)
+        time_us = node_us(node, device) if again else device.microseconds(2 * before)
+        reason = "computed again in the backward" if again else "rebuilt in the backward by cheap operations"
+        return Decision(storage, Action.RECOMPUTE, None, 0, before, 0.0, time_us, reason)
     option = codecs.options[node]
     if option.codec is None:
         reason = storage.kept_because or "compressing it was not needed for the target"

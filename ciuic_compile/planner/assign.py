@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import coo_array
+
+from .highs import quiet_milp
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _solve(
         scaled = np.where(row <= bound, row, 0.0) / (bound if bound > 0 else 1.0)
         constraints.append(LinearConstraint(scaled[None, :], -np.inf, 1.0 if bound > 0 else 0.0))
     scale = max(float(np.abs(cost).max()), 1e-30)
-    result = milp(
+    result = quiet_milp(
         cost / scale,
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, usable.astype(float)),

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from math import fsum
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 
+from .descent import descend
+from .highs import quiet_milp
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
 
@@ -32,6 +35,9 @@ _TIES = (2e-7, 2e-8)
 
 #: More 0/1 columns than this are first reduced by the linear relaxation.
 _SMALL = 400
+
+#: Share of the time for greedy moves, and how much less of peak they are asked for at a time.
+_GREEDY, _TIGHTER = 0.3, 0.95
 
 #: Peak rows added at a time.
 _ROWS = 12
@@ -146,6 +152,20 @@ class Search:
             rebuilt.append(ABSENT if c.rebuild else small[-1])
         for choices in (cheap, small, rebuilt):
             self.offer(tuple(choices))
+        if not self.clock.over() and not evaluate(self.problem, cheap).missing:
+            self._descend(tuple(cheap))
+
+    def _descend(self, start: Decision) -> None:
+        """What greedy moves find; for the smallest peak, under one budget after the other."""
+        clock = Clock(_GREEDY * self.clock.left())
+        if self.metric in ("cost", "any"):
+            self.offer(descend(self.problem, start, clock.over))
+        budget = self.best[1].peak_bytes if self.best else evaluate(self.problem, start).peak_bytes
+        while self.metric == "peak" and not clock.over():
+            budget = int(budget * _TIGHTER)
+            start = descend(replace(self.problem, budget=budget), start, clock.over)
+            if self.offer(start).peak_bytes > budget:
+                break
 
     # -- the program
 
@@ -263,7 +283,7 @@ class Search:
             upper = np.array([upper[merged == k].min() for k in kept])
             if (lower > upper).any():
                 return None
-        result = milp(
+        result = quiet_milp(
             objective,
             integrality=integral,
             bounds=Bounds(lower, upper),

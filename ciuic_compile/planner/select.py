@@ -57,7 +57,7 @@ def select_saved(
         if compat.must_recompute(node):
             edges[enter, sink] = np.inf
             continue
-        if not _may_rebuild(node, classes, skips, lossy):
+        if not may_rebuild(node, classes, skips, lossy):
             edges[source, enter] = np.inf
         # Near ties go to the value closest to its use (shorter chains) and the narrower dtype (fewer
         # bytes for the encoder to read).
@@ -86,7 +86,7 @@ def follows_rules(
             continue
         seen.add(node)
         rebuilt = not captured.is_backward(node) and not compat.must_recompute(node)
-        if rebuilt and (lossy or node.op == "placeholder") and not _may_rebuild(node, classes, set(), lossy):
+        if rebuilt and (lossy or node.op == "placeholder") and not may_rebuild(node, classes, set(), lossy):
             return False
         stack.extend(node.all_input_nodes)
     return True
@@ -112,7 +112,12 @@ def _capacity(node: fx.Node, captured: CapturedGraph, stored_bytes: Callable[[fx
     return max(1.0, stored_bytes(node))
 
 
-def _may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy: bool) -> bool:
+def may_rebuild(node: fx.Node, classes: Classifier, skips: set[fx.Node], lossy: bool) -> bool:
+    """Whether the backward may compute the node again: cheap, deterministic, no rule of numerics against it.
+
+    Args:
+        skips: sources of skip connections, which are not rebuilt.
+    """
     if node.op == "placeholder":
         return False
     if node.op == "get_attr" or compat.is_view(node) or compat.is_symbolic(node):

@@ -21,7 +21,7 @@ from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.capture import owner
 from ciuic_compile.partitioner import plan_and_rewrite
 from ciuic_compile.planner import select
-from ciuic_compile.planner.select import NoCut, _may_rebuild, _skip_sources, select_saved
+from ciuic_compile.planner.select import NoCut, _skip_sources, may_rebuild, select_saved
 from tests.stages import HandMade, Stage, by_name, differ, run_pair, stage
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -89,7 +89,7 @@ def test_least_bytes_of_all_sets(
     skips = _skip_sources(captured)
 
     def rebuildable(node: fx.Node) -> bool:
-        return _may_rebuild(node, model.classes, skips, lossy)
+        return may_rebuild(node, model.classes, skips, lossy)
 
     with (  # the tie-breakers, which shift near ties on purpose
         mock.patch(f"{MODULE}._distance_to_backward", return_value=defaultdict(int)),

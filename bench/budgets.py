@@ -1,0 +1,151 @@
+"""Budget sweep: our peak and step time beside those of torch's own activation_memory_budget, in one process.
+
+    python -m bench.budgets --layers 8 --d 2048 --heads 16 --kv-heads 16 --ff 5504 --points 6
+
+A Llama-shaped model in bf16. torch's budgets are its own fractions (0 to 1), ours are bytes: fractions of the
+peak that Inductor is measured to have. Every configuration is compiled first, then all take turns step by
+step. Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch._inductor.compile_fx import compile_fx
+
+import ciuic_compile
+from bench import common, measure
+from bench.step_time import SMALL, WithLossView, build, ratio, step_of, take_turns
+from ciuic_compile.errors import InfeasibleBudgetError
+
+COLUMNS = ("", "budget MiB", "planned", "peak", "over %", "step ms", "x", "grad err", "gap %", "compile s")
+
+
+def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
+    """Compile and measure every configuration until ``end`` (of ``time.monotonic``), then time them."""
+    model, inputs, targets, device = build(spec)
+    steps: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    reference: dict[str, torch.Tensor] = {}
+    base = 0
+
+    def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
+        nonlocal base, reference
+        if time.monotonic() > end:
+            rows.append({"config": name, "failed": "not started: no time left"})
+            return
+        before, start = len(ciuic_compile.plans()), time.perf_counter()
+        view = WithLossView(model)
+        if backend == "inductor":
+            run = torch.compile(view, backend=lambda gm, inputs: compile_fx(gm, inputs))  # each its own
+        else:
+            given = {"report": "off", **options, **({} if budget is None else {"budget": budget})}
+            run = torch.compile(view, backend="ciuic", options=given)
+        step = step_of(model, run, inputs, targets)
+        try:
+            step()
+        except InfeasibleBudgetError as error:
+            rows.append({"config": name, "budget": budget, "failed": f"smallest {error.smallest_bytes}"})
+            return
+        seconds = time.perf_counter() - start
+        step()
+        model.zero_grad(set_to_none=True)
+        with measure.peak(device) as peak:
+            step()
+        got = measure.gradients(model)
+        reference = reference or got
+        base = base or peak.nbytes
+        row = {
+            "config": name,
+            "budget": budget,
+            "peak": peak.nbytes,
+            "compile_s": seconds,
+            "error": measure.gradient_error(reference, got).whole,
+        }
+        if len(ciuic_compile.plans()) > before:
+            plan = ciuic_compile.plans()[-1]
+            row |= {"planned": plan.planned_peak_bytes, "gap": plan.gap, "time_us": plan.time_us}
+            row |= {"planned_error": plan.gradient_error, "tightened": plan.tightened}
+        rows.append(row)
+        steps[name] = step
+
+    measured("inductor", "inductor")
+    fractions = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
+    for fraction in fractions:
+        with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
+            measured(f"torch {fraction:.2f}", "inductor")
+        for mode in spec["modes"]:
+            measured(f"{mode} {fraction:.2f}", "ciuic", int(fraction * base), mode=mode)
+    times = take_turns(steps, device, spec["steps"])
+    for row in rows:
+        if row["config"] in times:
+            row["step_ms"] = statistics.median(times[row["config"]])
+            row["ratio"] = ratio(times["inductor"], times[row["config"]])
+    return rows
+
+
+def table_row(row: dict[str, Any]) -> list[str]:
+    """One line of the printed table."""
+    if "failed" in row:
+        return [row["config"], common.mib(row.get("budget")), row["failed"], *["-"] * 7]
+    budget = row["budget"]
+    return [
+        row["config"],
+        common.mib(budget),
+        common.mib(row.get("planned")),
+        common.mib(row["peak"]),
+        "-" if budget is None else f"{100 * (row['peak'] / budget - 1):+.2f}",
+        f"{row['step_ms']:.2f}",
+        f"{row['ratio']:.3f}",
+        common.share(row["error"]),
+        f"{100 * row['gap']:.2f}" if row.get("tightened") else "-",
+        f"{row['compile_s']:.1f}",
+    ]
+
+
+def main() -> None:
+    """Sweep and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--d", type=int, default=2048)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--ff", type=int, default=5504)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--small", action="store_true", help="a toy shape, to try the script on a CPU")
+    parser.add_argument("--points", type=int, default=15, help="budgets of each kind, evenly below 1")
+    parser.add_argument("--modes", nargs="+", default=["lossless", "1:1"], help="ours, each with a budget")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
+    parser.add_argument("--device")
+    parser.add_argument("--out", help="JSON file to write")
+    args = parser.parse_args()
+    device = common.pick_device(args.device)
+    torch._dynamo.config.recompile_limit = 10_000
+    shape = SMALL if args.small else {name: getattr(args, name) for name in SMALL}
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
+    spec |= {"points": args.points, "modes": args.modes}
+    rows = sweep(spec, time.monotonic() + args.limit)
+    common.table(
+        "peaks above parameters, MiB; x = step time over Inductor's", COLUMNS, [table_row(r) for r in rows]
+    )
+    command = shlex.join(["python", "-m", "bench.budgets", *sys.argv[1:]])
+    found = {"environment": common.environment(device), "command": command, "spec": spec, "rows": rows}
+    common.write_json(args.out, json.loads(json.dumps(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A plan under a budget: keep, rebuild and codec chosen together, on the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from ..errors import InfeasibleBudgetError
+from ..simulate import Peaks
+from .formulate import Formulation
+from .program import Decision, Evaluation, Problem, evaluate
+from .solve import Infeasible, Solution, solve
+
+#: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
+Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
+
+_ROUNDS = 4
+_GAP = 0.005
+#: Room under the budget that is worth one more round, as a share of it.
+_ROOM = 0.02
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is saved under a budget, how, and the optimiser's certificate.
+
+    Attributes:
+        evaluation: what the decision does in the program; its cost is microseconds, error counted in.
+        bound: no decision within the program's limits costs less.
+        gap: ``(cost - bound) / cost``.
+    """
+
+    saved: tuple[fx.Node, ...]
+    codecs: Mapping[fx.Node, str | None]
+    peaks: Peaks
+    evaluation: Evaluation
+    bound: float = 0.0
+    gap: float = 1.0
+
+
+def fit(
+    formulation: Formulation,
+    budget: int,
+    start: Decision,
+    judge: Judge,
+    seconds: float,
+    max_saved: int | None = None,
+    max_variance: float | None = None,
+) -> Fit:
+    """The cheapest decision whose simulated peak is within ``budget`` bytes.
+
+    The program's peak is an estimate of the rewritten graphs'; what it was off by is taken off its budget,
+    and it is solved again, a few times.
+
+    Args:
+        start: a decision that saves little.
+        judge: says what the rewritten graphs take.
+        seconds: deadline for everything.
+
+    Raises:
+        InfeasibleBudgetError: with the smallest peak that was found, and what is alive there.
+    """
+    problem = replace(formulation.problem, max_saved=max_saved, max_variance=max_variance)
+
+    def judged(decision: Decision) -> Fit:
+        saved, codecs = formulation.saved(decision), formulation.stored(decision)
+        return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
+
+    starts, tried = [start], [judged(start)]
+    for _ in range(_ROUNDS):
+        drift = tried[-1].peaks.peak - tried[-1].evaluation.peak_bytes
+        solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
+        if solution.decision is None or solution.decision in starts:
+            break
+        starts.append(solution.decision)
+        found = judged(solution.decision)
+        if not isinstance(solution, Infeasible):
+            found = replace(found, bound=solution.bound, gap=solution.gap)
+        tried.append(found)
+        room = budget - found.peaks.peak
+        if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
+            break
+    fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
+    if fitting:
+        return min(fitting, key=lambda f: f.evaluation.cost)
+    # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
+    certificate = solve(replace(problem, budget=0), seconds / _ROUNDS, _GAP, [start])
+    least = tried[0]
+    if isinstance(certificate, Infeasible) and certificate.decision is not None:
+        least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
+    if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):
+        return least
+    raise _infeasible(formulation, budget, least.peaks.peak, certificate)
+
+
+def _keeps_limits(problem: Problem, found: Evaluation) -> bool:
+    saved, variance = problem.max_saved, problem.max_variance
+    return (saved is None or found.saved_bytes <= saved) and (variance is None or found.variance <= variance)
+
+
+def _infeasible(
+    formulation: Formulation, budget: int, smallest: int, certificate: Infeasible | Solution
+) -> InfeasibleBudgetError:
+    message = (
+        f"budget {budget:,} bytes: the smallest planned peak found for this graph is {smallest:,} bytes "
+        f"({smallest / 2**20:.1f} MiB); raise the budget to {smallest} bytes, or make the batch smaller"
+    )
+    if isinstance(certificate, Infeasible) and certificate.live:
+        model = formulation.model
+        lines = []
+        for live in certificate.live[:5]:
+            node = formulation.nodes[live.candidate]
+            source = model.source(node)
+            where = f"{source.file}:{source.line}" if source.file else str(node.target)
+            lines.append(f"  {live.nbytes:>16,} bytes  {node.name}  {source.module}  {where}")
+        message += "\nalive at its peak, largest first:\n" + "\n".join(lines)
+    return InfeasibleBudgetError(message, budget_bytes=budget, smallest_bytes=smallest)

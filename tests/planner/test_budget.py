@@ -1,0 +1,147 @@
+"""Budgets: keep, rebuild and codec chosen together. Plans hold, and what is lossless is exact."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench.language import GPT, TransformerConfig
+from ciuic_compile import Plan
+from ciuic_compile.errors import InfeasibleBudgetError
+from ciuic_compile.planner.assign import Option
+from ciuic_compile.planner.descent import descend
+from ciuic_compile.planner.formulate import Formulation, formulate, storable
+from ciuic_compile.planner.highs import _without_lines
+from ciuic_compile.planner.program import ABSENT, Decision, evaluate
+from ciuic_compile.simulate import tensor_bytes
+from ciuic_compile.types import Action
+from tests.planner.planning import random_problem
+from tests.stages import Stage, stage
+from tests.training import Step, errors, interpreted, step
+
+
+class Deep(nn.Module):
+    """A GPT of several equal layers and the sum of its logits' squares."""
+
+    def __init__(self, layers: int = 4) -> None:
+        super().__init__()
+        self.gpt = GPT(TransformerConfig(layers, 64, 4, 4, 256, 29, 32, 8))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.gpt(tokens)
+        return logits.square().mean()
+
+
+TOKENS = torch.randint(29, (8, 32), generator=torch.Generator().manual_seed(1))
+
+
+def made(mode: str, budget: int | None) -> Step:
+    """One step of :class:`Deep` in eager kernels, planned for that budget."""
+    torch.manual_seed(0)
+    with interpreted():
+        return step(Deep(), [TOKENS], mode, options={} if budget is None else {"budget": budget})
+
+
+@pytest.fixture(scope="module")
+def free() -> Step:
+    return made("lossless", None)
+
+
+def only(got: Step) -> Plan:
+    (plan,) = got.plans
+    return plan
+
+
+def test_a_lossless_budget_computes_matmuls_again_and_stays_exact(free: Step) -> None:
+    times = []
+    for share in (0.85, 0.7, 0.6):
+        budget = int(share * only(free).simulated_peak_bytes)
+        held = made("lossless", budget)
+        plan = only(held)
+        assert plan.simulated_peak_bytes <= budget and plan.tightened
+        assert plan.planned_saved_bytes == held.saved.nbytes < free.saved.nbytes
+        assert plan.gradient_error == 0.0
+        assert max(errors(free, held).values()) < 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(free.outputs, held.outputs, strict=True))
+        times.append(plan.time_us)
+    assert times == sorted(times) and times[0] > 0, "less memory costs more time"
+    again = {d.storage.op for d in plan.decisions if d.action is Action.RECOMPUTE}
+    assert "aten.addmm.default" in again
+    assert all(d.codec is None for d in plan.decisions)
+
+
+def test_a_lossy_budget_stays_within_the_stated_error(free: Step) -> None:
+    budget = int(0.55 * only(free).simulated_peak_bytes)
+    held = made("1:1", budget)
+    plan = only(held)
+    assert plan.simulated_peak_bytes <= budget
+    assert held.saved.nbytes == plan.planned_saved_bytes
+    assert 0 < max(errors(free, held).values()) <= plan.gradient_error_bound
+    assert any(d.action is Action.COMPRESS for d in plan.decisions)
+
+
+def test_an_impossible_budget_names_what_is_alive_at_the_smallest_peak() -> None:
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        made("lossless", 100_000)
+    said, smallest = str(caught.value), caught.value.smallest_bytes
+    assert "alive at its peak" in said and "language.py:" in said
+    assert only(made("lossless", smallest)).simulated_peak_bytes <= smallest
+
+
+def formulated(found: Stage) -> Formulation:
+    """The problem of a stage, where everything may only be kept."""
+    model = found.model
+    options = {n: [Option(None, tensor_bytes(n.meta["val"]), 0.0, 0.0)] for n in storable(model)}
+    return formulate(model, model.device, options, found.selection.saved)
+
+
+def test_the_problems_saved_bytes_and_nodes_are_those_of_the_decision() -> None:
+    found = stage(Deep(2), TOKENS, mode="lossless")
+    form = formulated(found)
+    start = form.decision(found.selection.saved, {})
+    result = evaluate(form.problem, start)
+    assert not result.missing
+    ours = found.model.storages_of(form.saved(start))
+    assert set(form.stored(start)) <= set(ours)
+    pinned = sum(size for n, size in ours.items() if n not in form.stored(start))
+    assert result.saved_bytes == sum(ours.values()) - pinned
+    assert form.decision(form.saved(start), {}) == start
+
+
+def test_equal_layers_share_a_group() -> None:
+    form = formulated(stage(Deep(3), TOKENS, mode="lossless"))
+    groups: dict[str | None, int] = {}
+    for c in form.problem.candidates:
+        groups[c.group] = groups.get(c.group, 0) + 1
+    assert max(groups.values()) >= 3
+    assert len(groups) < 0.7 * len(form.problem.candidates)
+
+
+def test_greedy_moves_never_end_above_where_they_began() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        problem = random_problem(rng, chains=True)
+        start: Decision = tuple(0 if c.stores else ABSENT for c in problem.candidates)
+        before = evaluate(problem, start)
+        if before.missing:
+            continue
+        limited = replace(problem, budget=int(before.peak_bytes * rng.choice([0.5, 0.8, 1.0])))
+        after = evaluate(limited, descend(limited, start, lambda: False))
+        assert not after.missing
+        over = [int(np.maximum(e.live_bytes - limited.budget, 0).sum()) for e in (before, after)]
+        assert over[1] < over[0] or over == [0, 0] or after.cost == before.cost
+        if over[0] == 0:
+            assert after.feasible and after.cost <= before.cost
+
+
+def test_only_the_solvers_own_lines_are_taken_out_of_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    with _without_lines(b"HighsMip"):
+        os.write(1, b"one\nHighsMipSolverData::x\ntwo\n")
+    os.write(1, b"HighsMip after\n")
+    assert capfd.readouterr().out == "one\ntwo\nHighsMip after\n"
