@@ -17,7 +17,8 @@ import subprocess
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,11 +31,15 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from bench.models import MODELS, WithLoss
-from ciuic_compile import backend, compat, partitioner
+from ciuic_compile import backend, compat, compat_wrapper, partitioner
+from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import _group
 from ciuic_compile.passes import Graphs
+from ciuic_compile.replay import Trace
+from ciuic_compile.types import Plan
 
 CUDA = torch.device("cuda", 0)
 HOPPER = {
@@ -83,10 +88,17 @@ def pretended_gpu() -> Iterator[None]:
             (CudaInterface, "raise_if_triton_unavailable", staticmethod(answer(None))),
             (DeviceProperties, "create", classmethod(answer(device))),
             (triton.runtime.driver, "_active", driver),
+            (torch._C, "_conv_determine_backend_memory_format", _cudnn_layout),
             (_group, "resolve_impl", lambda impl, _: "reference" if impl == "reference" else "kernel"),
         ):
             stack.enter_context(mock.patch.object(target, name, value, create=name == "_active"))
         yield
+
+
+def _cudnn_layout(image: torch.Tensor, weight: torch.Tensor, _: object) -> torch.memory_format:
+    """The layout that cuDNN returns, which torch asks cuDNN for (ConvUtils.h)."""
+    formats = map(torch._prims_common.suggest_memory_format, (image, weight))
+    return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 
 def on(device: torch.device, graph: fx.Graph) -> None:
@@ -103,17 +115,26 @@ def on(device: torch.device, graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "device": device}
 
 
-def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Graphs:
-    """The partitioned graphs of a training step, on the pretended GPU, after all passes."""
-    found: list[Graphs] = []
+@dataclass(frozen=True)
+class Planned:
+    """A training step as it was planned for the pretended GPU, and its graphs after all passes."""
+
+    plan: Plan
+    model: MemoryModel
+    graphs: Graphs
+
+
+def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Planned:
+    """Plan and rewrite a training step on the pretended GPU; nothing is run."""
+    found: list[Planned] = []
     real_plan, real_trace = partitioner.plan_and_rewrite, compat.trace
 
     def plan(name: str, model: Any, selection: Any, baseline: Any, graphs: Graphs, *rest: Any) -> Any:
         on(CUDA, graphs.forward.graph)
         on(CUDA, graphs.backward.graph)
         with pretended_gpu(), mock.patch.object(compat, "trace", trace):
-            real_plan(name, model, selection, baseline, graphs)
-        found.append(graphs)
+            made = real_plan(name, model, selection, baseline, graphs)
+        found.append(Planned(made, model, graphs))
         raise _Done
 
     def trace(fn: Any, args: Any) -> fx.Graph:  # where tensors of the CPU are, no device guard runs
@@ -140,31 +161,72 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Graph
     return found[0]
 
 
-def generated(gm: fx.GraphModule) -> str:
-    """Inductor's code for one graph."""
-    from torch._inductor.fx_passes.post_grad import post_grad_passes
+@dataclass(frozen=True)
+class Generated:
+    """What Inductor made of one graph: its code, what that allocates, the strides of what it returns."""
 
-    values = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
-    fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))  # type: ignore[attr-defined]
-    output = gm.graph.output_node()
-    results = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in output.args[0]]  # type: ignore[union-attr]
-    output.meta["original_output_strides"] = [
-        r.stride() if isinstance(r, torch.Tensor) else None for r in results
-    ]
-    output.meta["user_visible_output_idxs"] = []
+    code: str
+    trace: Trace | None
+    strides: tuple[Sequence[int] | None, ...]
+
+
+def generated(
+    gm: fx.GraphModule,
+    strides: Mapping[str, Sequence[int]] | None = None,
+    donated: Collection[str] | None = None,
+) -> Generated:
+    """Lower one graph.
+
+    Args:
+        strides: of inputs by name, where Inductor's forward returns others than the trace did.
+        donated: inputs of a backward that it may overwrite; None for a forward.
+    """
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+
+    inputs = gm.graph.find_nodes(op="placeholder")
+    tensors = (n.meta["val"] for n in inputs)
+    fake_mode = next(v.fake_mode for v in tensors if isinstance(v, torch.Tensor))  # type: ignore[attr-defined]
+    with fake_mode:
+        for node in inputs:
+            given = (strides or {}).get(node.name)
+            if given is not None:
+                old = node.meta["val"]
+                node.meta["val"] = torch.empty_strided(old.shape, given, dtype=old.dtype, device=old.device)
+    values = [n.meta["val"] for n in inputs]
     with (
         pretended_gpu(),
         inductor_config.patch(backend._CUDA_PATCHES),
+        torch.no_grad(),
         fake_mode,
         V.set_fake_mode(fake_mode),
         V.set_debug_handler(DebugContext()),
+        compat_wrapper.recorded() as recording,
     ):
+        view_to_reshape(gm)
+        FakeTensorProp(gm, mode=fake_mode).propagate_dont_convert_inputs(*values)
+        output = gm.graph.output_node()
+        results = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in output.args[0]]  # type: ignore[union-attr]
+        output.meta["original_output_strides"] = [
+            r.stride() if isinstance(r, torch.Tensor) else None for r in results
+        ]
+        output.meta["user_visible_output_idxs"] = []
         post_grad_passes(gm, False)
-        lowering = GraphLowering(gm, example_inputs=values, shape_env=fake_mode.shape_env)
+        lowering = GraphLowering(
+            gm, example_inputs=values, shape_env=fake_mode.shape_env, is_backward=donated is not None
+        )
+        if donated is not None:
+            lowering.bw_donated_idxs = [i for i, n in enumerate(inputs) if n.name in donated]
         with V.set_graph_handler(lowering), V.set_extern_kernel_nodes([]):
             lowering.run(*values)
             code, _ = lowering.codegen()
-    return str(getattr(code, "value", code))
+    returned = tuple(_strides(value) for value in lowering.graph_outputs or ())
+    trace = recording.forward if donated is None else recording.backward
+    return Generated(str(getattr(code, "value", code)), trace, returned)
+
+
+def _strides(value: Any) -> Sequence[int] | None:
+    stride = value.maybe_get_stride() if hasattr(value, "maybe_get_stride") else None
+    return None if stride is None else [int(s) for s in stride]
 
 
 def instructions(source: str, warps: int = 4, **blocks: int) -> Counter[str]:
@@ -215,8 +277,8 @@ def main() -> None:
     model = WithLoss(built, loss_fn).to(torch.bfloat16)
     inputs, targets = batches(0, torch.device("cpu"))
     inputs = inputs.to(torch.bfloat16) if inputs.is_floating_point() else inputs
-    graphs = rewritten(model, args.mode, inputs, targets)
-    code = generated(getattr(graphs, args.graph))
+    graphs = rewritten(model, args.mode, inputs, targets).graphs
+    code = generated(getattr(graphs, args.graph)).code
     if args.source:
         print(code)
         return

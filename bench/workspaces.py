@@ -16,6 +16,19 @@ from bench import common
 
 aten = torch.ops.aten
 Case = tuple[str, Callable[[], Any]]
+LAYOUTS = {"plain": torch.contiguous_format, "last": torch.channels_last}
+#: batch, side of the image, channels in and out, kernel, stride
+RESNET = (
+    (32, 56, 64, 64, 3, 1), (32, 56, 256, 64, 1, 1), (32, 28, 128, 128, 3, 1), (32, 14, 256, 256, 3, 2),
+    (32, 224, 3, 64, 7, 2),
+)  # fmt: skip
+UNET = (
+    (64, 64, 3, 64, 3, 1), (64, 64, 64, 64, 3, 1), (64, 64, 64, 64, 3, 2), (64, 32, 64, 128, 3, 1),
+    (64, 32, 128, 128, 3, 1), (64, 32, 64, 128, 1, 1), (64, 16, 128, 256, 3, 1), (64, 16, 256, 256, 3, 1),
+    (64, 16, 256, 768, 1, 1), (64, 16, 512, 256, 3, 1), (64, 16, 384, 256, 3, 1), (64, 32, 384, 128, 3, 1),
+    (64, 32, 192, 128, 3, 1), (64, 64, 192, 64, 3, 1), (64, 64, 128, 64, 3, 1), (64, 64, 64, 3, 3, 1),
+    (64, 32, 256, 256, 3, 1), (64, 64, 128, 128, 3, 1),
+)  # fmt: skip
 
 
 def attention(batch: int, heads: int, kv: int, seq: int, dim: int, dtype: torch.dtype) -> Iterator[Case]:
@@ -63,14 +76,16 @@ def attention(batch: int, heads: int, kv: int, seq: int, dim: int, dtype: torch.
 
 
 def convolution(
-    batch: int, side: int, channels: int, out: int, kernel: int, stride: int, dtype: torch.dtype
+    batch: int, side: int, channels: int, out: int, kernel: int, stride: int, dtype: torch.dtype, layout: str
 ) -> Iterator[Case]:
-    """Forward and backward in channels-last layout."""
-    last = torch.channels_last
-    x = torch.randn(batch, channels, side, side, device="cuda", dtype=dtype).to(memory_format=last)
-    w = torch.randn(out, channels, kernel, kernel, device="cuda", dtype=dtype).to(memory_format=last)
+    """Forward and backward of one convolution; image, weights and gradient have one ``layout``."""
+    x = torch.randn(batch, channels, side, side, device="cuda", dtype=dtype).to(memory_format=LAYOUTS[layout])
+    w = torch.randn(out, channels, kernel, kernel, device="cuda", dtype=dtype).to(
+        memory_format=LAYOUTS[layout]
+    )
     pad = [kernel // 2] * 2
-    shape = f"{batch}x{channels}->{out} {side}^2 k{kernel} s{stride} {str(dtype).removeprefix('torch.')}"
+    size = f"{batch}x{channels}->{out} {side}^2 k{kernel} s{stride}"
+    shape = f"{size} {layout} {str(dtype).removeprefix('torch.')}"
 
     def forward() -> Any:
         return aten.convolution(x, w, None, [stride] * 2, pad, [1, 1], False, [0, 0], 1)
@@ -99,15 +114,15 @@ def embedding(tokens: int, vocab: int, dim: int, dtype: torch.dtype) -> Iterator
 def cases() -> Iterator[Case]:
     """Shapes of the models in bench/."""
     half, full = torch.bfloat16, torch.float32
-    for shape in ((4, 32, 32, 2048, 128), (8, 16, 4, 1024, 64), (16, 12, 12, 197, 64), (2, 8, 8, 4096, 64)):
-        yield from attention(*shape, half)
-        yield from attention(*shape, full)
-    for dtype in (half, full):
-        yield from convolution(32, 56, 64, 64, 3, 1, dtype)
-        yield from convolution(32, 56, 256, 64, 1, 1, dtype)
-        yield from convolution(32, 28, 128, 128, 3, 1, dtype)
-        yield from convolution(32, 14, 256, 256, 3, 2, dtype)
-        yield from convolution(32, 224, 3, 64, 7, 2, dtype)
+    for heads in ((4, 32, 32, 2048, 128), (8, 16, 4, 1024, 64), (16, 12, 12, 197, 64), (2, 8, 8, 4096, 64)):
+        yield from attention(*heads, half)
+        yield from attention(*heads, full)
+    for layout in LAYOUTS:
+        for dtype in (half, full):
+            for shape in RESNET:
+                yield from convolution(*shape, dtype, layout)
+        for shape in UNET:
+            yield from convolution(*shape, half, layout)
     for tokens in (2048, 8192):
         yield from embedding(tokens, 32000, 1024, half)
         yield from embedding(tokens, 50304, 768, full)

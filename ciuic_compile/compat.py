@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import sympy
 import torch
 import torch._functorch.partitioners as _partitioners
+import torch._inductor.config as inductor_config
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch._aot_autograd.descriptors import (
@@ -47,6 +49,14 @@ __all__ = [
 
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
+#: Pointwise in Inductor's lowering, beside what torch's partitioner calls fusible.
+_POINTWISE = {
+    torch.ops.aten.select_scatter,
+    torch.ops.aten.slice_scatter,
+    torch.ops.aten.embedding,
+    torch.ops.aten.full,
+    torch.ops.prims.fma,
+}
 
 
 def partition_with(
@@ -118,6 +128,28 @@ def is_recomputable(node: fx.Node) -> bool:
 def is_fusible(node: fx.Node) -> bool:
     """Whether Inductor can fuse this op with pointwise neighbours."""
     return bool(_ops.is_fusible(node))
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether Inductor computes the value element by element, wherever it is read."""
+    return is_fusible(node) or packet(node) in _POINTWISE
+
+
+def most_reads(reused: bool) -> int:
+    """From how many buffers Inductor lets a value, read once or more often, be computed in its readers."""
+    if reused:
+        return int(inductor_config.realize_reads_threshold)
+    limit = inductor_config.realize_acc_reads_threshold
+    if limit is None:  # 2.13: by device; on a CPU it is more
+        limit = inductor_config._realize_acc_reads_threshold_default
+    return int(limit)
+
+
+def prefers_channels_last(graph: fx.Graph) -> bool:
+    """Whether Inductor will run a training graph's convolutions with the channels last in memory."""
+    from torch._inductor.graph import GraphLowering  # slow to import
+
+    return bool(GraphLowering.decide_layout_opt(SimpleNamespace(graph=graph), is_inference=False))  # type: ignore[arg-type]
 
 
 def is_random(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
 from .replay import FREE, Event, Trace
-from .workspace import workspace_bytes
+from .workspace import Operand, workspace_bytes
 
 _SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
@@ -188,14 +188,37 @@ def _outputs(node: Any) -> Iterator[Any]:
 
 def _workspace(node: Any) -> int:
     """Bytes of a CUDA call's own temporaries."""
-    tensors = [i for i in node.inputs if isinstance(i, ir.IRNode) and hasattr(i, "get_size")]
-    device = tensors[0].get_device() if tensors else None
-    if device is None or device.type != "cuda":
-        return 0
-    hint = V.graph.sizevars.optimization_hint
-    shapes = [[int(hint(s, fallback=4096)) for s in t.get_size()] for t in tensors]
+    devices = [i.get_device() for i in _tensors(node)]
+    return workspace_bytes(*_call(node)) if devices and devices[0].type == "cuda" else 0
+
+
+def _tensors(node: Any) -> list[Any]:
+    return [i for i in node.inputs if isinstance(i, ir.IRNode) and hasattr(i, "get_size")]
+
+
+def _call(node: Any) -> tuple[str, list[Operand], Operand | None, dict[str, Any]]:
+    """The arguments of ``workspace_bytes``."""
     op = str(getattr(node, "op_overload", "") or "")
-    return workspace_bytes(op, shapes, int(get_dtype_size(tensors[0].get_dtype())))
+    result = _operand(node) if isinstance(node.get_output_spec(), ir.Layout) else None
+    return op, [_operand(t) for t in _tensors(node)], result, _arguments(node)
+
+
+def _operand(node: Any) -> Operand:
+    """A buffer or a view as a kernel sees it, at the sizes' hints."""
+    hint = V.graph.sizevars.optimization_hint
+    shape = tuple(int(hint(s, fallback=4096)) for s in node.get_size())
+    strides = tuple(int(hint(s, fallback=4096)) for s in node.maybe_get_stride() or ())
+    return Operand(shape, strides, int(get_dtype_size(node.get_dtype())))
+
+
+def _arguments(node: Any) -> dict[str, Any]:
+    """What a call gets beside tensors, by name: as keywords, or, from a fallback, in the schema's order."""
+    given = dict(node.kwargs)
+    schema = getattr(getattr(node, "op_overload", None), "_schema", None)
+    if schema is not None and hasattr(node, "unflatten_args"):
+        args, kwargs = node.unflatten_args(node.inputs, node.constant_args)
+        given |= {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    return {name: value for name, value in given.items() if not isinstance(value, ir.IRNode)}
 
 
 def _nbytes(node: Any) -> int:

@@ -1,23 +1,25 @@
 """Peak memory of a forward and a backward graph, by walking their storages' live ranges.
 
-A first model (issue B replaces it by a replay of Inductor's own allocations): pointwise values that
-only fused consumers read take no memory; everything else is allocated where it is made and freed
-after its last use. Parameters and graph inputs are not counted, saved tensors are. What it leaves
-out: allocator rounding, workspaces of external kernels, CUDA context and code.
+Which values get a buffer, and in which order, is what Inductor is expected to decide (``schedule.py``); once
+it has decided, ``replay.py`` says what it really allocates. Parameters and graph inputs are not counted,
+saved tensors are, and so are the temporaries of external kernels that ``workspace.py`` knows. Left out:
+rounding, and copies that Inductor makes where it runs convolutions in another layout than the graph's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from . import compat, markers
+from . import compat
 from .capture import owner, tensor
-from .classify import is_contraction, is_reduction
-from .fusion import decoded_to_memory
+from .fusion import is_external
+from .schedule import in_kernels, output_nodes, overwrites, stored_values
+from .workspace import Operand, workspace_bytes
 
 
 def tensor_bytes(value: object) -> int:
@@ -46,9 +48,10 @@ class Peaks:
 def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> Peaks:
     """Predicted peaks of one training step, in bytes, parameters and graph inputs excluded."""
     saved = saved_storages(forward, num_fwd_outputs)
-    outputs = _storage_set(_output_nodes(forward)[:num_fwd_outputs])
+    outputs = {owner(n) for n in output_nodes(forward)[:num_fwd_outputs]}
     user_outputs = sum(tensor_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder")
-    forward_peak = _graph_peak(forward, {})
+    channels_last = compat.prefers_channels_last(forward)
+    forward_peak = _graph_peak(forward, {}, channels_last)
     names = {node.name for node in saved}
     live = {
         n: tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if n.name in names
@@ -56,7 +59,7 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> Pea
     tangents = sum(
         tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if "tangents" in n.name
     )
-    backward_peak = _graph_peak(backward, live) + user_outputs + tangents
+    backward_peak = _graph_peak(backward, live, channels_last) + user_outputs + tangents
     return Peaks(sum(map(tensor_bytes, (n.meta["val"] for n in saved))), forward_peak, backward_peak)
 
 
@@ -68,7 +71,7 @@ def saved_storages(forward: fx.Graph, num_fwd_outputs: int) -> list[fx.Node]:
     """
     seen: set[fx.Node] = set()
     result = []
-    for node in _output_nodes(forward)[num_fwd_outputs:]:
+    for node in output_nodes(forward)[num_fwd_outputs:]:
         base = owner(node)
         if tensor(node) is None or base.op in ("placeholder", "get_attr") or base in seen:
             continue
@@ -77,67 +80,74 @@ def saved_storages(forward: fx.Graph, num_fwd_outputs: int) -> list[fx.Node]:
     return result
 
 
-def _output_nodes(graph: fx.Graph) -> list[fx.Node]:
-    (values,) = graph.output_node().args
-    assert isinstance(values, (tuple, list))
-    return [v for v in values if isinstance(v, fx.Node)]
+def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], channels_last: bool) -> int:
+    """Peak bytes of one graph.
 
-
-def _storage_set(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    return {owner(n) for n in nodes}
-
-
-def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int]) -> int:
-    """Peak bytes of one graph; ``live_inputs`` are counted until their last use, other inputs never."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    kept = _storage_set(_output_nodes(graph))
-    materialized = {n: _is_materialized(n, kept) for n in graph.nodes}
-    last_use: dict[fx.Node, int] = {n: order[n] for n in live_inputs}
-    end = len(order)
-    for node in reversed(graph.nodes):
-        when = order[node] if materialized[node] else last_use.get(node, order[node])
-        if node.op == "output":
-            when = end
-        for source in node.all_input_nodes:
-            # A fused value costs nothing itself, but keeps its inputs until its consumers run.
-            for storage in {owner(source), source}:
-                last_use[storage] = max(last_use.get(storage, -1), when)
-    frees: dict[int, int] = {}
-    live = sum(live_inputs.values())
+    Args:
+        live_inputs: counted until their last use; other inputs never.
+        channels_last: whether Inductor runs the convolutions in that layout.
+    """
+    returned = {owner(n) for n in output_nodes(graph)}
+    stored = stored_values(graph, returned)
+    kernels = in_kernels(stored)
+    step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
+    readers: dict[fx.Node, set[int]] = {}  # storage -> steps that read it
+    for node, storages in stored.items():
+        for storage in storages:
+            readers.setdefault(storage, set()).add(step[node])
+    end = len(kernels)
+    last_use = {s: end if s in returned else max(steps) for s, steps in readers.items()}
+    last_use |= dict.fromkeys(returned, end)
+    dying: dict[int, list[int]] = {}  # step -> sizes of what is last used there
     for node, size in live_inputs.items():
-        frees[last_use[node]] = frees.get(last_use[node], 0) + size
-    peak = live
-    for node in graph.nodes:
-        step = order[node]
-        if node.op == "call_function" and materialized[node]:
-            size = tensor_bytes(node.meta.get("val"))
-            in_place = not is_contraction(node) and frees.get(step, 0) >= size > 0
-            peak = max(peak, live + (0 if in_place else size))
-            live += size
-            death = last_use.get(node, step)
-            frees[death] = frees.get(death, 0) + size
-        live -= frees.pop(step, 0)
-    return max(peak, live)
+        dying.setdefault(last_use.get(node, 0), []).append(size)
+    peak = live = sum(live_inputs.values())
+    for now, kernel in enumerate(kernels):
+        made = [
+            made
+            for node in kernel
+            if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
+            for made in _results(node)
+        ]
+        # A kernel that is no call of a library's writes in place of what it reads for the last time.
+        spare = Counter(() if is_external(kernel[0]) else dying.get(now, ()))
+        new = Counter(size for _, size in made)
+        inside = _temporaries(kernel[0], channels_last)
+        peak = max(peak, live + sum((new - spare).elements()) + inside)
+        live += sum(new.elements())
+        for storage, size in made:
+            dying.setdefault(last_use.get(storage, now), []).append(size)
+        live -= sum(dying.pop(now, ()))
+    return peak
 
 
-def _is_materialized(node: fx.Node, outputs: set[fx.Node]) -> bool:
-    """Whether Inductor will give this node's value a buffer of its own."""
-    if node.op != "call_function" or compat.is_getitem(node) or compat.is_view(node) or _overwrites(node):
-        return False
-    if markers.is_marker(node, markers.decode):
-        return decoded_to_memory(node)
-    if node in outputs or not compat.is_fusible(node) or is_reduction(node):
-        return True
-    stack = [node]
-    while stack:
-        for user in stack.pop().users:
-            if compat.is_view(user):
-                stack.append(user)
-            elif not compat.is_fusible(user) and not _overwrites(user):
-                return True
-    return False
+def _results(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The storages that a call makes, under the nodes that use them; what nobody uses is under the call's."""
+    size = tensor_bytes(node.meta.get("val"))
+    if tensor(node) is not None:
+        return [(node, size)]
+    parts = {n.args[1]: n for n in node.users if compat.is_getitem(n)}
+    used = [(n, tensor_bytes(n.meta.get("val"))) for n in parts.values()]
+    return [*used, (node, size - sum(part for _, part in used))]
 
 
-def _overwrites(node: fx.Node) -> bool:
-    """Whether the node writes into an input: its kernel stores there and nowhere else."""
-    return node.target is torch.ops.aten.copy_.default
+def _temporaries(node: fx.Node, channels_last: bool) -> int:
+    """Bytes that a library's call takes for itself, in the layouts that Inductor will give it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    names = (a.name for a in node.target._schema.arguments)
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    values = [tensor(a) for a in arguments.values() if isinstance(a, fx.Node)]
+    operands = [_operand(v, channels_last) for v in values if v is not None and v.device.type == "cuda"]
+    result = tensor(node)
+    return workspace_bytes(
+        str(node.target), operands, None if result is None else _operand(result, channels_last), arguments
+    )
+
+
+def _operand(value: torch.Tensor, channels_last: bool) -> Operand:
+    shape, strides = (tuple(map(compat.hint, sizes)) for sizes in (value.shape, value.stride()))
+    if channels_last and len(shape) == 4:
+        _, c, h, w = shape
+        strides = (c * h * w, 1, w * c, c)
+    return Operand(shape, strides, value.dtype.itemsize)

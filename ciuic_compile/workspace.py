@@ -1,37 +1,100 @@
-"""Temporaries that external CUDA kernels allocate for themselves, in bytes, from the shapes they get.
+"""Temporaries that external CUDA kernels allocate for themselves, in bytes, from the tensors they get.
 
 Formulas after torch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp, EmbeddingBackwardKernel.cu); a
-test holds them against bench/results/workspaces-h200.json. Convolutions are missing: cuDNN decides.
+test holds them against bench/results/workspaces-h200.json. Convolutions are cuDNN's: measured on an H200 in
+bfloat16, taken to be the same in float16. Beside the copies that are counted here it takes 0 to 16 MiB for
+partial sums, another choice for every shape: not counted. Nor is anything of float32, 1x1, grouped or
+transposed convolutions, or of those in one or three dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 
 Shape = Sequence[int]
-_FLOAT = 4
+_FLOAT, _HALF = 4, 2
 _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped keys and values are expanded
     "flash_attention_backward": (128, True),
     "efficient_attention_backward": (64, False),
     "cudnn_attention_backward": (1, True),
 }
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
+_CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to a multiple
 
 
-def workspace_bytes(op: str, shapes: Sequence[Shape], itemsize: int) -> int:
+@dataclass(frozen=True)
+class Operand:
+    """A tensor as an external kernel reads or writes it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether an image's channels lie side by side in memory, without gaps."""
+        if not len(self.shape) == len(self.strides) == 4:
+            return False
+        expected = 1
+        for dim in (1, 3, 2, 0):
+            if self.shape[dim] != 1 and self.strides[dim] != expected:
+                return False
+            expected *= self.shape[dim]
+        return True
+
+
+def workspace_bytes(
+    op: str,
+    operands: Sequence[Operand],
+    result: Operand | None = None,
+    arguments: Mapping[str, object] | None = None,
+) -> int:
     """Bytes that ``op`` allocates beside its results; 0 where nothing is known about it.
 
     Args:
         op: e.g. ``"aten._scaled_dot_product_flash_attention_backward.default"``.
-        shapes: of its tensor arguments, in order.
-        itemsize: of the first one's dtype, in bytes.
+        operands: its tensor arguments, in order.
+        result: what it returns, where that is one tensor.
+        arguments: its other arguments, by their names in the op's schema, as far as they are known.
     """
+    shapes = [o.shape for o in operands]
+    if not operands:
+        return 0
     for name, (row_block, expands) in _ATTENTION_BACKWARD.items():
         if name in op:
-            return _attention(shapes, itemsize, row_block, expands)
+            return _attention(shapes, operands[0].itemsize, row_block, expands)
     if "embedding_dense_backward" in op or "ciuic.embedding_gradient" in op:
         return _embedding(shapes[0], shapes[1])
+    if "aten.convolution_backward." in op and len(operands) == 3:
+        gradient, image, weight = operands
+        return _convolution(image, weight, gradient, arguments or {})
+    if "aten.convolution." in op and result is not None:
+        image, weight = operands[:2]
+        narrow = image.shape[1] < _CHANNELS and not image.channels_last  # a photograph: read as it is
+        return 0 if narrow else _convolution(image, weight, result, arguments or {})
     return 0
+
+
+def _convolution(image: Operand, weight: Operand, features: Operand, arguments: Mapping[str, object]) -> int:
+    """Copies of what does not lie as the tensor cores want it: channels last, a multiple of 8 of them.
+
+    The backward makes them for one gradient after the other, and either time of an image, features and
+    weights: two that it reads and the one that it writes.
+    """
+    ordinary = arguments.get("groups") == 1 and arguments.get("transposed") is False
+    if not ordinary or weight.itemsize != _HALF or len(weight.shape) != 4 or prod(weight.shape[2:]) == 1:
+        return 0
+    return _copied(image, (1,)) + _copied(features, (1,)) + _copied(weight, (0, 1))
+
+
+def _copied(tensor: Operand, channel_dims: Sequence[int]) -> int:
+    """Bytes of a tensor's copy with its channels last and padded; 0 where it can be read as it is."""
+    padded = [-(-n // _CHANNELS) * _CHANNELS if i in channel_dims else n for i, n in enumerate(tensor.shape)]
+    if tensor.channels_last and padded == list(tensor.shape):
+        return 0
+    return prod(padded) * tensor.itemsize
 
 
 def _attention(shapes: Sequence[Shape], itemsize: int, row_block: int, expands: bool) -> int:

@@ -63,11 +63,11 @@ def test_the_peaks_of_the_final_plans_decide() -> None:
     """At 2:1 both plans save half, and chunks only spare codecs; at 6:1 whole logits put it out of reach."""
     assert chunked(staged(8, **AUTO))
     assert chunked(staged(8, **AUTO, mode="6:1"))
-    both = staged(8, **AUTO, mode="2:1")
+    both = staged(24, **AUTO, mode="2:1")
     assert not chunked(both)
     (note,) = both.selection.notes
     assert "not chunked, though it could be: the simulated peak would be" in note
-    assert chunked(staged(8, **{**AUTO, "chunk_loss": True}, mode="2:1"))  # True does not weigh
+    assert chunked(staged(24, **{**AUTO, "chunk_loss": True}, mode="2:1"))  # True does not weigh
 
 
 def test_the_plan_states_the_time_of_the_logits_made_again() -> None:

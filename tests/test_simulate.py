@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import fx, nn
 
 from ciuic_compile.simulate import Peaks, saved_storages, simulate, tensor_bytes
@@ -102,24 +103,53 @@ def test_an_output_through_a_view_lives_to_the_end() -> None:
     assert made.forward_peak(view, made.mm(made.mm(made.x))) == 3
 
 
-def test_a_reduction_is_stored_and_does_not_reuse_a_bigger_buffer_twice() -> None:
+def test_a_reduction_is_stored_and_does_not_reuse_a_bigger_buffer() -> None:
     made = Made()
     a = made.mm(made.x)
     row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
-    assert made.forward_peak(row) == 1, "written into the buffer that is free by then"
+    assert made.forward_peak(row) == 1 + 1 / 64, "only a buffer of its own size is written in place"
     made = Made()
     a = made.mm(made.x)
     row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
     assert made.forward_peak(made.add(a, row)) == 1 + 1 / 64
 
 
-def test_all_results_of_a_multi_output_op_count_until_the_last_is_read() -> None:
+def test_each_result_of_a_call_lives_until_it_is_read_itself() -> None:
     made = Made()
     a = made.mm(made.x)
     both = made.call(aten.var_mean.correction, a, [1], correction=0, keepdim=True)
-    variance = made.call(operator.getitem, both, 0)
+    variance = made.call(operator.getitem, both, 0)  # nobody reads the mean
     b = made.mm(a, a)
-    assert made.forward_peak(made.add(b, variance)) == 2 + 2 / 64
+    assert made.forward_peak(made.add(b, variance)) == 2 + 1 / 64
+
+
+def test_gradients_of_a_convolution_go_one_by_one() -> None:
+    """The image's is read at once, the weights' is returned; there is none for a bias."""
+    made = HandMade()
+    image, weight = made.placeholder("primals_1", 1, 64, 8, 8), made.placeholder("primals_2", 64, 64, 1, 1)
+    dy = made.call(aten.sin.default, image)
+    call = aten.convolution_backward.default
+    pair = [[1, 1], [0, 0], [1, 1], False, [0, 0], 1]
+    both = made.call(call, dy, image, weight, None, *pair, [True, True, False])
+    of_image, of_weight = (made.call(operator.getitem, both, i) for i in (0, 1))
+    again = made.call(call, of_image, image, weight, None, *pair, [True, False, False])
+    last = made.call(operator.getitem, again, 0)
+    peak = simulate(made.output(last, of_weight), nothing(), 2).forward
+    assert peak == (4 + 4 + 4) * UNIT // 4, "dy and both gradients, or both images' and the weights'"
+
+
+def test_a_gradient_of_three_slices_is_one_buffer() -> None:
+    """What the backward of ``q, k, v = qkv.unbind()`` adds up: Inductor writes each slice in its place."""
+    made = Made()
+    parts = [made.mm(made.x) for _ in "qkv"]
+    total = None
+    for index, part in enumerate(parts):
+        zeros = made.call(aten.full.default, [3, 64, 64], 0.0)
+        wide = made.call(aten.select_scatter.default, zeros, part, 0, index)
+        total = wide if total is None else made.add(total, wide)
+    assert total is not None
+    flat = made.call(aten.view.default, made.call(aten.clone.default, total), [192, 64])
+    assert made.forward_peak(made.mm(flat)) == 3 + 3, "the three parts, and then all of it"
 
 
 def test_an_overwritten_input_needs_no_buffer() -> None:
@@ -183,6 +213,26 @@ def test_early_decodes_cost_more_than_late_ones() -> None:
     early, late = (simulate(forward, backward(flag), 1).backward for flag in (True, False))
     assert early == (1 + 4) * UNIT
     assert late == (1 + 3) * UNIT + 64 * 4
+
+
+def test_a_librarys_call_takes_its_temporaries_beside_its_result() -> None:
+    """A convolution on a GPU whose operands lie plain: cuDNN copies all three."""
+    made = HandMade()
+    image, weight = (
+        made.placeholder("primals_1", 4, 128, 16, 16),
+        made.placeholder("primals_2", 128, 128, 3, 3),
+    )
+    call = made.call(aten.convolution.default, image, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    for node in (image, weight, call):
+        value = node.meta["val"]
+        with made.mode:
+            strides = torch.empty(value.shape, device="meta").stride()
+            node.meta["val"] = torch.empty_strided(value.shape, strides, dtype=torch.half, device="cuda")
+    output, copies = 2 * 4 * 128 * 256, 2 * (2 * 4 * 128 * 256 + 128 * 128 * 9)
+    graph = made.output(call)
+    assert simulate(graph, nothing(), 1).forward == output, "Inductor lays the channels last"
+    with inductor_config.patch(layout_optimization=False):
+        assert simulate(graph, nothing(), 1).forward == output + copies
 
 
 def test_storages_that_several_saved_views_share_count_once() -> None:

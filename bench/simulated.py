@@ -1,0 +1,94 @@
+"""The peak expected before scheduling against the replay of Inductor's schedule, for a GPU that is not there.
+
+    python -m bench.simulated --size medium --models unet --modes lossless 4:1
+
+Needs a CUDA build of torch, as :mod:`bench.generated` does; the CPU's fused attention stands for the GPU's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import fx
+
+from bench import common
+from bench.generated import CUDA, generated, on, rewritten
+from bench.models import MODELS, WithLoss
+from bench.peaks import GPU_SHAPES, percent
+from ciuic_compile import compat
+from ciuic_compile.allocator import ExactAllocator
+from ciuic_compile.capture import owner
+from ciuic_compile.confirm import joint_of
+from ciuic_compile.passes import Graphs
+from ciuic_compile.replay import StepPeaks, replay
+from ciuic_compile.simulate import simulate
+
+COLUMNS = ("cell", "simulated", "replayed", "err %", "forward", "backward")
+
+
+def replayed(graphs: Graphs) -> StepPeaks:
+    """Peaks of the step that Inductor makes of two graphs."""
+    joint, outputs = joint_of(graphs), graphs.forward_outputs()
+    user = {owner(n) for n in outputs[: graphs.num_fwd_outputs] if isinstance(n, fx.Node)}
+    saved = {name: owner(n) for name, i in joint.received.items() if isinstance(n := outputs[i], fx.Node)}
+    donated = {name for name, base in saved.items() if base.op != "placeholder" and base not in user}
+    forward = generated(graphs.forward)
+    strides = {n: s for n, i in joint.received.items() if (s := forward.strides[i]) is not None}
+    backward = generated(graphs.backward, strides, donated)
+    assert forward.trace is not None and backward.trace is not None
+    return replay(forward.trace, backward.trace, joint, ExactAllocator())
+
+
+def cells(name: str, size: str, mode: str) -> tuple[int, StepPeaks]:
+    """The simulated peak and the replayed ones of one model; mode "inductor" is torch's own partition."""
+    batch, length = GPU_SHAPES[name][0] if size == "medium" else (None, None)
+    torch.manual_seed(0)
+    built, batches, loss_fn = MODELS[name](size, batch, length)
+    inputs, targets = batches(0, torch.device("cpu"))
+    with common.autocast("autocast", torch.device("cpu")):
+        made = rewritten(
+            WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets
+        )
+    if mode != "inductor":
+        return made.plan.simulated_peak_bytes, replayed(made.graphs)
+    captured = made.model.captured
+    assert captured.graph.owning_module is not None
+    pair = compat.extract(
+        captured.graph.owning_module, captured.baseline_saved, captured.info, captured.num_fwd_outputs
+    )
+    for gm in pair:
+        on(CUDA, gm.graph)
+    peaks = simulate(pair[0].graph, pair[1].graph, captured.num_fwd_outputs)  # the plan's is of the CPU
+    return peaks.peak, replayed(Graphs(*pair, captured.num_fwd_outputs))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(GPU_SHAPES))
+    parser.add_argument("--modes", nargs="+", default=["inductor", "lossless", "2:1", "4:1"])
+    parser.add_argument("--size", default="medium", choices=("tiny", "small", "medium", "full"))
+    args = parser.parse_args()
+    rows, errors = [], []
+    for name in args.models:
+        for mode in args.modes:
+            start = time.perf_counter()
+            simulated, peaks = cells(name, args.size, mode)
+            errors.append(simulated / peaks.peak - 1)
+            found = map(common.mib, (peaks.forward, peaks.backward))
+            rows.append(
+                [f"{name} {mode}", *map(common.mib, (simulated, peaks.peak)), percent(errors[-1]), *found]
+            )
+            print(*rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
+    common.table(f"simulated against replayed peaks, MiB, size {args.size}", COLUMNS, rows)
+    sizes = [abs(e) for e in errors]
+    print(f"median |error| {100 * statistics.median(sizes):.2f} %, worst {100 * max(sizes):.2f} %")
+
+
+if __name__ == "__main__":
+    main()
