@@ -2,7 +2,8 @@
 
     python -m bench.simulated --size medium --models unet --modes lossless 4:1
 
-Needs a CUDA build of torch, as :mod:`bench.generated` does; the CPU's fused attention stands for the GPU's.
+Needs a CUDA build of torch, as :mod:`bench.generated` does. The graphs are a CPU's: its fused attention,
+autocast and decomposition of GroupNorm stand for the GPU's, so a UNet's peaks are not those of a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def replayed(graphs: Graphs) -> StepPeaks:
     return replay(forward.trace, backward.trace, joint, ExactAllocator())
 
 
-def cells(name: str, size: str, mode: str) -> tuple[int, StepPeaks]:
+def cell(name: str, size: str, mode: str) -> tuple[int, StepPeaks]:
     """The simulated peak and the replayed ones of one model; mode "inductor" is torch's own partition."""
     batch, length = GPU_SHAPES[name][0] if size == "medium" else (None, None)
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def main() -> None:
     for name in args.models:
         for mode in args.modes:
             start = time.perf_counter()
-            simulated, peaks = cells(name, args.size, mode)
+            simulated, peaks = cell(name, args.size, mode)
             errors.append(simulated / peaks.peak - 1)
             found = map(common.mib, (peaks.forward, peaks.backward))
             rows.append(

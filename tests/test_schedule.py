@@ -129,9 +129,11 @@ def test_memory_is_what_as_strided_is_of() -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, but no GPU")
-@pytest.mark.parametrize("name", ["unet", "moe", "encdec"])
-@pytest.mark.parametrize("mode", ["lossless", "4:1"])
-def test_the_simulated_peak_is_near_that_of_inductors_own_schedule(name: str, mode: str) -> None:
-    """For a GPU that is not there: without what is expected here, 4:1 was up to 49% off."""
-    expected, peaks = simulated.cells(name, "small", mode)
-    assert expected == pytest.approx(peaks.peak, rel=0.15)
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [("unet", "tiny", "lossless"), ("encdec", "tiny", "lossless"), ("moe", "small", "4:1")],
+)
+def test_the_simulated_peak_is_near_that_of_inductors_schedule(name: str, size: str, mode: str) -> None:
+    """For a GPU that is not there."""
+    expected, peaks = simulated.cell(name, size, mode)
+    assert expected == pytest.approx(peaks.peak, rel=0.05)
