@@ -69,8 +69,8 @@ def assign(
         choice, dual = solved
         bound = dual if slack == 0.0 else bound  # less than asked for would not bound what was asked for
         if _total(options, choice) <= target_bytes:
-            value = sum(o[c].variance + o[c].time_us * 1e-8 for o, c in zip(options, choice, strict=True))
-            return Assignment(choice, True, bound, _gap(value, bound))
+            return Assignment(choice, True, bound, _gap(_cost(options, choice), bound))
+    least_cost = bound  # no choice within the target costs less; 0.0 where nothing was proved
     if max_variance is None:  # then each storage takes its own fewest bytes
         choice = tuple(
             list(group).index(min(group, key=lambda o: (o.nbytes, o.variance, o.time_us)))
@@ -83,11 +83,17 @@ def assign(
         assert smallest is not None, "keeping everything has no error, so this is always feasible"
         choice, bound = smallest[0], smallest[1] * max(float(size.max()), 1.0)
     total = _total(options, choice)
-    return Assignment(choice, total <= target_bytes, bound, _gap(float(total), bound))
+    if total <= target_bytes:  # HiGHS's tolerance was wider than the room between this choice and the target
+        return Assignment(choice, True, least_cost, _gap(_cost(options, choice), least_cost))
+    return Assignment(choice, False, bound, _gap(float(total), bound))
 
 
 def _total(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> int:
     return sum(group[i].nbytes for group, i in zip(options, choice, strict=True))
+
+
+def _cost(options: Sequence[Sequence[Option]], choice: Sequence[int]) -> float:
+    return sum(group[i].variance + group[i].time_us * 1e-8 for group, i in zip(options, choice, strict=True))
 
 
 def _gap(value: float, bound: float) -> float:

@@ -101,6 +101,13 @@ def test_against_brute_force_under_a_variance_cap(options: list[list[Option]], d
     check(options, target, limit, assign(options, target, limit))
 
 
+def test_room_within_the_solvers_tolerance_still_gives_a_true_bound() -> None:
+    """Two bytes of a million: HiGHS takes one choice too many to fit, and none a little below."""
+    options = [[Option(None, size, 0.0, 0.0)] for size in (1, 1, 999_999)]
+    options.append([Option(None, 1, 0.0, 0.0), Option("int8", 0, 1.0, 0.0)])
+    check(options, 1_000_001, None, assign(options, 1_000_001))
+
+
 def test_a_target_that_keeping_meets_exactly_compresses_nothing() -> None:
     """Mode "1:1" where the cut saves what Inductor saves: nothing has to give."""
     options = [[Option(None, KEEP, 0.0, 0.0), Option("int8", KEEP // 2, 1e-5, 1.0)] for _ in range(3)]
