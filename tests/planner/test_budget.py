@@ -60,7 +60,7 @@ def only(got: Step) -> Plan:
 
 def test_a_lossless_budget_computes_matmuls_again_and_stays_exact(free: Step) -> None:
     times = []
-    for share in (0.85, 0.7, 0.6):
+    for share in (0.9, 0.7):
         budget = int(share * only(free).simulated_peak_bytes)
         held = made("lossless", budget)
         plan = only(held)
@@ -70,7 +70,7 @@ def test_a_lossless_budget_computes_matmuls_again_and_stays_exact(free: Step) ->
         assert max(errors(free, held).values()) < 1e-5
         assert all(torch.equal(a, b) for a, b in zip(free.outputs, held.outputs, strict=True))
         times.append(plan.time_us)
-    assert times == sorted(times) and times[0] > 0, "less memory costs more time"
+    assert 0 < times[0] < times[1], "less memory costs more time"
     again = {d.storage.op for d in plan.decisions if d.action is Action.RECOMPUTE}
     assert "aten.addmm.default" in again
     assert all(d.codec is None for d in plan.decisions)
