@@ -128,7 +128,7 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         **ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients(),
     }
     options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
-    formulation = formulate(model, device, options, selection.saved)
+    formulation = formulate(model, options, selection.saved)
     smallest = _solve(model, selection, device, 0)
     planned = sum(o.nbytes for o in codecs.options.values())
     found = fit(

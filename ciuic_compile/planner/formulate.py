@@ -20,7 +20,6 @@ from .. import compat
 from ..analyze import MemoryModel
 from ..capture import owner, tensor
 from ..classify import is_attention, is_contraction, is_reduction
-from ..devices import DeviceProfile
 from ..fusion import is_external
 from ..simulate import tensor_bytes
 from .assign import Option
@@ -30,11 +29,6 @@ from .timing import node_us
 
 #: A gradient error of 5.4% (torch's fp8 pass has it, DESIGN.md) weighs as much as a tenth of a step.
 _ERROR_AS_TIME = 0.1 / 0.054**2
-
-
-#: Inductor gives a value that is used more than once a buffer when computing it reads more than this many
-#: (``realize_reads_threshold``).
-_MOST_LOADS = 4
 
 #: What is not larger than this share of a value counts for nothing beside it.
 _SMALL = 0.05
@@ -84,10 +78,7 @@ class Formulation:
 
 
 def formulate(
-    model: MemoryModel,
-    device: DeviceProfile,
-    options: Mapping[fx.Node, Sequence[Option]],
-    favoured: Iterable[fx.Node],
+    model: MemoryModel, options: Mapping[fx.Node, Sequence[Option]], favoured: Iterable[fx.Node]
 ) -> Formulation:
     """The problem of one joint graph.
 
@@ -95,7 +86,7 @@ def formulate(
         options: ways to store each node that :func:`storable` names, as it is first.
         favoured: nodes that stay candidates even where storing what they are computed from is as good.
     """
-    return _Builder(model, device, options, frozenset(favoured)).build()
+    return _Builder(model, options, frozenset(favoured)).build()
 
 
 def storable(model: MemoryModel) -> list[fx.Node]:
@@ -113,7 +104,6 @@ def storable(model: MemoryModel) -> list[fx.Node]:
 @dataclass
 class _Builder:
     model: MemoryModel
-    device: DeviceProfile
     options: Mapping[fx.Node, Sequence[Option]]
     favoured: frozenset[fx.Node]
     step: dict[fx.Node, int] = field(default_factory=dict)
@@ -180,19 +170,20 @@ class _Builder:
         readers = _readers(node, among)
         if any(u.op == "output" or is_external(u) for u in readers):
             return True
-        return len(readers) > 1 and len(self._loads[node]) > _MOST_LOADS
+        return len(readers) > 1 and len(self._loads[node]) > compat.most_reads(reused=True)
 
     @cached_property
     def _loads(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """The buffers that an elementwise value is computed from, through what is fused into it."""
         loads: dict[fx.Node, frozenset[fx.Node]] = {}
+        most = compat.most_reads(reused=True)
         for node in self.model.captured.graph.nodes:
             if node.op == "output":
                 continue
             found: set[fx.Node] = set()
             for source in node.all_input_nodes:
                 fused = compat.is_fusible(source) or not _is_op(source)
-                found |= loads[source] if fused and 0 < len(loads[source]) <= _MOST_LOADS else {source}
+                found |= loads[source] if fused and 0 < len(loads[source]) <= most else {source}
             loads[node] = frozenset(found)
         return loads
 
@@ -314,7 +305,7 @@ class _Builder:
     def _rebuild_us(self, node: fx.Node) -> float:
         """Of an op with several results each pays its share."""
         maker = _maker(node)
-        return node_us(maker, self.device) / max(1, len(maker.users) if maker is not node else 1)
+        return node_us(maker, self.model.device) / max(1, len(maker.users) if maker is not node else 1)
 
     def _unpacked(self, node: fx.Node, option: Option) -> bool:
         """Whether the decode is stored (see ``fusion.decoded_to_memory``)."""
@@ -347,7 +338,7 @@ class _Builder:
             value = node.meta.get("val")
             if node.op == "placeholder":
                 if captured.is_backward(node):
-                    self._alive(delta, tensor_bytes(value), self.forward_steps, self.steps - 1)
+                    _alive(delta, tensor_bytes(value), self.forward_steps, self.steps - 1)
                 continue
             among = self._backward_set if node in self._backward_set else early
             if node not in among or node in candidates or owner(node) is not node or tensor(node) is None:
@@ -358,28 +349,29 @@ class _Builder:
             start = self.step[node]
             stop = self.steps - 1 if node in ends else max(after, default=start)
             start += compat.is_fusible(_maker(node)) and stop > start
-            self._alive(delta, tensor_bytes(value), start, stop)
+            _alive(delta, tensor_bytes(value), start, stop)
         live = 0
         return [live := live + change for change in delta[:-1]]
-
-    def _alive(self, delta: list[int], nbytes: int, start: int, stop: int) -> None:
-        delta[start] += nbytes
-        delta[stop + 1] -= nbytes
 
     @cached_property
     def _step_us(self) -> float:
         """Predicted time of a step, of what writes to memory."""
         early = self.model.classes.used_forward
         total = sum(
-            node_us(n, self.device) for n in self._backward if self.materialized(n, self._backward_set)
+            node_us(n, self.model.device) for n in self._backward if self.materialized(n, self._backward_set)
         )
         forward = (n for n in self.model.captured.savable if n in early and self.materialized(n, early))
-        return max(1.0, ceil(total + sum(node_us(n, self.device) for n in forward)))
+        return max(1.0, ceil(total + sum(node_us(n, self.model.device) for n in forward)))
 
 
 def _ends(steps: Sequence[int]) -> tuple[int, ...]:
     """First and last: what is alive at both is alive in between."""
     return tuple(sorted({min(steps), max(steps)})) if steps else ()
+
+
+def _alive(delta: list[int], nbytes: int, start: int, stop: int) -> None:
+    delta[start] += nbytes
+    delta[stop + 1] -= nbytes
 
 
 def _is_op(node: fx.Node) -> bool:

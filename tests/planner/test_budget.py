@@ -98,7 +98,7 @@ def formulated(found: Stage) -> Formulation:
     """The problem of a stage, where everything may only be kept."""
     model = found.model
     options = {n: [Option(None, tensor_bytes(n.meta["val"]), 0.0, 0.0)] for n in storable(model)}
-    return formulate(model, model.device, options, found.selection.saved)
+    return formulate(model, options, found.selection.saved)
 
 
 def test_the_problems_saved_bytes_and_nodes_are_those_of_the_decision() -> None:
