@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -130,31 +131,50 @@ def run_cells(
     label: Callable[[Any], str],
     end: float = math.inf,
     each: Callable[[dict[str, Any]], None] = lambda result: None,
+    follow: Callable[[dict[str, Any]], Sequence[Mapping[str, Any]]] = lambda result: (),
 ) -> list[dict[str, Any]]:
     """Run every cell, ``jobs`` at a time, with a line each on stderr; results in the order of ``specs``.
 
     None runs past ``end`` (of ``time.monotonic``): those that did not start by then fail. ``each`` is called
-    with every result as it comes.
+    with every result as it comes. ``follow`` may answer one with more cells: they run next, and their
+    results come last.
     """
     lock = threading.Lock()
-    done = 0
+    waiting = deque(enumerate(specs))
+    results: dict[int, dict[str, Any]] = {}
+    known = len(specs)
 
     def one(spec: Mapping[str, Any]) -> dict[str, Any]:
-        nonlocal done
         left = end - time.monotonic()
         if left > 0:
-            result = run_cell(module, spec, min(timeout, left))
-        else:
-            result = {**spec, "failed": "not started: no time left"}
-        with lock:
-            done += 1
-            each(result)
-        state = "FAILED\n" + result["failed"] if "failed" in result else "done"
-        print(f"[{done}/{len(specs)}] {label(spec)}: {state}", file=sys.stderr, flush=True)
-        return result
+            return run_cell(module, spec, min(timeout, left))
+        return {**spec, "failed": "not started: no time left"}
+
+    def work(_: int) -> None:
+        nonlocal known
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                index, spec = waiting.popleft()
+            start = time.monotonic()
+            result = one(spec)
+            state = "FAILED\n" + result["failed"] if "failed" in result else "done"
+            with lock:
+                results[index] = result
+                each(result)
+                more = follow(result)
+                waiting.extendleft(reversed([*enumerate(more, known)]))
+                known += len(more)
+                print(
+                    f"[{len(results)}/{known}] {label(spec)} ({time.monotonic() - start:.0f} s): {state}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, specs))
+        list(pool.map(work, range(jobs)))
+    return [results[i] for i in sorted(results)]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

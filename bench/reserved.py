@@ -382,9 +382,9 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--read", help="file to read instead of measuring")
     parser.add_argument("--cells", type=int, default=len(CELLS), help="only the first so many")
-    parser.add_argument("--jobs", type=int, default=10)
-    parser.add_argument("--timeout", type=float, default=130.0, help="seconds a cell may take")
-    parser.add_argument("--limit", type=float, default=145.0, help="seconds for everything")
+    parser.add_argument("--jobs", type=int, default=12)
+    parser.add_argument("--timeout", type=float, default=142.0, help="seconds a cell may take")
+    parser.add_argument("--limit", type=float, default=146.0, help="seconds for everything")
     parser.add_argument("--out", help="file to write, JSON under gzip")
     args = parser.parse_args()
     if args.cell:

@@ -114,6 +114,8 @@ def test_a_gpu_has_sixty_cells_of_seven_models_by_default() -> None:
     done = [{**c, "predicted": {"planned_peak_bytes": 1000}} for c in cells]
     budgets = peaks.budget_cells(done, 0.8, "2:1")
     assert [(c["budget"], c["fraction"]) for c in budgets] == [(800, 0.8)] * 7
+    bases = peaks.budget_bases(cells, "2:1")
+    assert [(c["model"], c["batch"]) for c in bases] == [(m, s[0][0]) for m, s in peaks.GPU_SHAPES.items()]
     none.cells = 5
     assert len(peaks.shape_cells(none, torch.device("cpu"))) == 5
 
@@ -123,3 +125,28 @@ def test_cells_whose_time_is_over_do_not_start() -> None:
     past = time.monotonic() - 1
     results = common.run_cells("bench.peaks", [{"n": 1}, {"n": 2}], 60, 1, str, past, seen.append)
     assert results == seen == [{"n": n, "failed": "not started: no time left"} for n in (1, 2)]
+
+
+def test_cells_that_follow_run_next_and_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def run(module: str, spec: Any, timeout: float) -> dict[str, Any]:
+        ran.append(spec["n"])
+        return dict(spec)
+
+    monkeypatch.setattr(common, "run_cell", run)
+    specs = [{"n": 1}, {"n": 2}, {"n": 3}]
+    results = common.run_cells(
+        "bench.peaks", specs, 60, 1, str, follow=lambda r: [{"n": 10}, {"n": 11}] if r["n"] == 1 else []
+    )
+    assert ran == [1, 10, 11, 2, 3]
+    assert [r["n"] for r in results] == [1, 2, 3, 10, 11]
+
+
+def test_reserved_in_all_is_held_against_the_whole_plan() -> None:
+    predicted = {"planned_peak_bytes": 100, "baseline_peak_bytes": 200, "reserved_bytes": 330}
+    done = result("4:1", 100, predicted, input_bytes=200)
+    done["measured"] |= {"reserved": 125, "reserved_total": 300}
+    (row,) = peaks.compare([done])
+    assert row["reserved"] == (130, 125, pytest.approx(0.04))
+    assert row["reserved in all"] == (330, 300, pytest.approx(0.1))
