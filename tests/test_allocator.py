@@ -62,6 +62,57 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
     assert cuda.reserved == 70 * MIB
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "segment"),
+    [
+        (1 * MIB, 2 * MIB),  # kSmallSize is small
+        (1 * MIB + 1, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB - 511, 10 * MIB),  # rounded to kMinLargeAlloc, which gets its own
+        (12 * MIB, 12 * MIB),
+        (12 * MIB + 1, 14 * MIB),
+    ],
+)
+def test_the_edges_of_the_segment_sizes(nbytes: int, segment: int) -> None:
+    cuda = CachingAllocator()
+    cuda.alloc(nbytes)
+    assert cuda.reserved == segment
+
+
+@pytest.mark.parametrize(("left", "split"), [(MIB, False), (MIB + 512, True)])
+def test_a_large_block_is_split_above_a_mebibyte(left: int, split: bool) -> None:
+    cuda = CachingAllocator()
+    cuda.alloc(40 * MIB - left)
+    assert cuda.allocated == 40 * MIB - (left if split else 0)
+
+
+def test_a_small_block_is_split_at_512_bytes_and_pools_do_not_mix() -> None:
+    cuda = CachingAllocator()
+    cuda.alloc(MIB)
+    cuda.alloc(MIB - 512)
+    cuda.alloc(512)  # the rest of the segment, to the last byte
+    assert (cuda.allocated, cuda.reserved) == (2 * MIB, 2 * MIB)
+    cuda.free(cuda.alloc(15 * MIB))
+    cuda.alloc(512)  # none of the large pool's free bytes
+    assert cuda.reserved == (2 + 16 + 2) * MIB
+
+
+def test_of_equal_blocks_the_lowest_address_is_taken() -> None:
+    cuda = CachingAllocator()
+    first, second = cuda.alloc(30 * MIB), cuda.alloc(30 * MIB)
+    cuda.free(second)
+    cuda.free(first)
+    assert cuda.alloc(30 * MIB) == first
+
+
+def test_segments_are_never_joined() -> None:
+    cuda = CachingAllocator()
+    for handle in [cuda.alloc(20 * MIB), cuda.alloc(20 * MIB)]:
+        cuda.free(handle)
+    cuda.alloc(40 * MIB)
+    assert cuda.reserved == 80 * MIB
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_is_freed_comes_back(seed: int) -> None:
     source, cuda = random.Random(seed), CachingAllocator()
