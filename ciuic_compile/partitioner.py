@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,7 +62,12 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
+        with compat.collecting_later():
+            return self._partitioned(gm, joint_inputs, **kwargs)
 
+    def _partitioned(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         def partition(
             joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
@@ -229,7 +233,7 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
 
 def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
     """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
-    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+    run_pipeline(graphs, default_passes(codecs)[:-1], trial=True)  # markers have the codecs' own sizes
     peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
     return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
@@ -279,7 +283,4 @@ def _stays(node: fx.Node, present: set[str]) -> bool:
 
 
 def _copy(graphs: Graphs) -> Graphs:
-    def copied(gm: fx.GraphModule) -> fx.GraphModule:
-        return fx.GraphModule(gm, copy.deepcopy(gm.graph))
-
-    return Graphs(copied(graphs.forward), copied(graphs.backward), graphs.num_fwd_outputs)
+    return Graphs(compat.copied(graphs.forward), compat.copied(graphs.backward), graphs.num_fwd_outputs)

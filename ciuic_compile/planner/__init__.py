@@ -120,7 +120,8 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
     config = model.config
     assert config.budget is not None
     codecs, device = choose_codecs(model, selection), model.device
-    if judge(selection.saved, codecs.chosen).peak <= config.budget:
+    peaks = judge(selection.saved, codecs.chosen)
+    if peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
     coefficients = {
@@ -135,6 +136,7 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         formulation,
         config.budget,
         formulation.decision(selection.saved, smallest.chosen),
+        (formulation.decision(selection.saved, codecs.chosen), peaks),
         judge,
         config.plan_seconds,
         max_saved=planned if config.lossy else None,

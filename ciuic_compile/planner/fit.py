@@ -44,6 +44,7 @@ def fit(
     formulation: Formulation,
     budget: int,
     start: Decision,
+    judged_before: tuple[Decision, Peaks],
     judge: Judge,
     seconds: float,
     max_saved: int | None = None,
@@ -56,6 +57,7 @@ def fit(
 
     Args:
         start: a decision that saves little.
+        judged_before: another decision, over the budget, and what the judge said of it.
         judge: says what the rewritten graphs take.
         seconds: deadline for everything.
 
@@ -68,9 +70,10 @@ def fit(
         saved, codecs = formulation.saved(decision), formulation.stored(decision)
         return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
 
-    starts, tried = [start], [judged(start)]
+    first, peaks = judged_before
+    drift = peaks.peak - evaluate(problem, first).peak_bytes
+    starts, tried = [start], list[Fit]()
     for _ in range(_ROUNDS):
-        drift = tried[-1].peaks.peak - tried[-1].evaluation.peak_bytes
         solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
         if solution.decision is None or solution.decision in starts:
             break
@@ -79,6 +82,7 @@ def fit(
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
+        drift = found.peaks.peak - found.evaluation.peak_bytes
         room = budget - found.peaks.peak
         if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
             break
@@ -87,7 +91,7 @@ def fit(
         return min(fitting, key=lambda f: f.evaluation.cost)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
     certificate = solve(replace(problem, budget=0), seconds / _ROUNDS, _GAP, [start])
-    least = tried[0]
+    least = judged(start)
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
     if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
 from scipy.sparse import csr_array
 
-from .descent import descend
+from .descent import Effort, descend
 from .highs import quiet_milp
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
@@ -38,6 +38,9 @@ _SMALL = 400
 
 #: Share of the time for greedy moves, and how much less of peak they are asked for at a time.
 _GREEDY, _TIGHTER = 0.3, 0.95
+
+#: Candidates that greedy moves look at in a second on the slowest machine that matters.
+_WORK_PER_SECOND = 1e9
 
 #: Peak rows added at a time.
 _ROWS = 12
@@ -157,15 +160,19 @@ class Search:
 
     def _descend(self, start: Decision) -> None:
         """What greedy moves find; for the smallest peak, under one budget after the other."""
-        clock = Clock(_GREEDY * self.clock.left())
+        effort = self._effort(_GREEDY)
         if self.metric in ("cost", "any"):
-            self.offer(descend(self.problem, start, clock.over))
+            self.offer(descend(self.problem, start, effort))
         budget = self.best[1].peak_bytes if self.best else evaluate(self.problem, start).peak_bytes
-        while self.metric == "peak" and not clock.over():
+        while self.metric == "peak" and not effort.over():
             budget = int(budget * _TIGHTER)
-            start = descend(replace(self.problem, budget=budget), start, clock.over)
+            start = descend(replace(self.problem, budget=budget), start, effort)
             if self.offer(start).peak_bytes > budget:
                 break
+
+    def _effort(self, share: float) -> Effort:
+        seconds = share * self.clock.left()
+        return Effort(int(_WORK_PER_SECOND * seconds), Clock(seconds).over)
 
     # -- the program
 
@@ -298,6 +305,8 @@ class Search:
         x = result.x[spread]
         raw = self.relaxation.decision(x)
         found = self.offer(raw)
+        if self.metric == "cost" and not found.feasible and not found.missing:
+            self.offer(descend(self.problem, tidy(self.problem, raw), self._effort(0.1)))
         if self.gap() <= self.target and self.best is not None:
             return None
         if self._separate(tidy(self.problem, raw), x, found):

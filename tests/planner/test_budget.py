@@ -15,7 +15,7 @@ from bench.language import GPT, TransformerConfig
 from ciuic_compile import Plan
 from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.planner.assign import Option
-from ciuic_compile.planner.descent import descend
+from ciuic_compile.planner.descent import Effort, descend
 from ciuic_compile.planner.formulate import Formulation, formulate, storable
 from ciuic_compile.planner.highs import _without_lines
 from ciuic_compile.planner.program import ABSENT, Decision, evaluate
@@ -132,7 +132,7 @@ def test_greedy_moves_never_end_above_where_they_began() -> None:
         if before.missing:
             continue
         limited = replace(problem, budget=int(before.peak_bytes * rng.choice([0.5, 0.8, 1.0])))
-        after = evaluate(limited, descend(limited, start, lambda: False))
+        after = evaluate(limited, descend(limited, start, Effort(10**9, lambda: False)))
         assert not after.missing
         over = [int(np.maximum(e.live_bytes - limited.budget, 0).sum()) for e in (before, after)]
         assert over[1] < over[0] or over == [0, 0] or after.cost == before.cost
