@@ -142,7 +142,13 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         max_saved=planned if config.lossy else None,
         max_variance=config.max_error**2 if config.max_error is not None else None,
     )
-    picked = replace(selection, saved=found.saved)
+    notes = selection.notes
+    if found.struck:
+        notes += (
+            f"the planner ran into its deadline ({config.plan_seconds:g} s): another run may find another plan; "
+            "plan_seconds gives it more",
+        )
+    picked = replace(selection, saved=found.saved, notes=notes)
     return replace(picked, codecs=_described(model, picked, found.codecs, device, found))
 
 

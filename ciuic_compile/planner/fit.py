@@ -16,7 +16,8 @@ from .solve import Infeasible, Solution, solve
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
-_ROUNDS = 4
+#: Shares of the deadline for one answer after the other; those after the first go on from it.
+_SHARES = (0.5, 0.15, 0.15, 0.15)
 _GAP = 0.005
 #: Room under the budget that is worth one more round, as a share of it.
 _ROOM = 0.02
@@ -30,6 +31,7 @@ class Fit:
         evaluation: what the decision does in the program; its cost is microseconds, error counted in.
         bound: no decision within the program's limits costs less.
         gap: ``(cost - bound) / cost``.
+        struck: the deadline ended the search.
     """
 
     saved: tuple[fx.Node, ...]
@@ -38,6 +40,7 @@ class Fit:
     evaluation: Evaluation
     bound: float = 0.0
     gap: float = 1.0
+    struck: bool = False
 
 
 def fit(
@@ -72,14 +75,15 @@ def fit(
 
     first, peaks = judged_before
     drift = peaks.peak - evaluate(problem, first).peak_bytes
-    starts, tried = [start], list[Fit]()
-    for _ in range(_ROUNDS):
-        solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
+    starts, tried, warm, struck = [start], list[Fit](), None, False
+    for share in _SHARES:
+        solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)
         if solution.decision is None or solution.decision in starts:
             break
-        starts.append(solution.decision)
+        starts.append(warm := solution.decision)
         found = judged(solution.decision)
         if not isinstance(solution, Infeasible):
+            struck |= solution.struck
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
         drift = found.peaks.peak - found.evaluation.peak_bytes
@@ -88,9 +92,9 @@ def fit(
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
-        return min(fitting, key=lambda f: f.evaluation.cost)
+        return replace(min(fitting, key=lambda f: f.evaluation.cost), struck=struck)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
-    certificate = solve(replace(problem, budget=0), seconds / _ROUNDS, _GAP, [start])
+    certificate = solve(replace(problem, budget=0), seconds * _SHARES[-1], _GAP, [start])
     least = judged(start)
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)

@@ -29,6 +29,7 @@ class Solution:
         bound: no decision within the limits costs less.
         gap: ``(cost - bound) / cost``; 0.0 where it is below HiGHS's own tolerance (1e-6).
         rounds: programs solved.
+        struck: the deadline ended something; another run may find another answer.
     """
 
     decision: Decision
@@ -36,6 +37,7 @@ class Solution:
     bound: float
     gap: float
     rounds: int
+    struck: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,24 @@ class Price:
 
 
 def solve(
-    problem: Problem, deadline_s: float = 10.0, gap: float = 0.005, starts: Sequence[Decision] = ()
+    problem: Problem,
+    deadline_s: float = 10.0,
+    gap: float = 0.005,
+    starts: Sequence[Decision] = (),
+    warm: Decision | None = None,
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
-    The answer is the same every time, on every machine, unless a share of the deadline runs out first.
+    The answer is the same every time, on every machine, unless the deadline ends the search (``struck``): what is
+    tried within it is counted in work, of which a machine of today does more than twice as much in that time.
 
     Args:
         deadline_s: seconds after which the best decision so far is returned, with its gap.
         gap: relative distance to the optimum that is good enough; 0.0 asks for the optimum.
         starts: decisions known to be good; the answer is no worse than those within the limits.
+        warm: the answer to a problem like this one, to go on from.
     """
-    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts)
+    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm)
     search.run()
     found = _solution(search)
     if found is not None:
@@ -119,7 +127,7 @@ def solve(
             again.bound = search.bound
             found = _solution(again)
             assert found is not None
-            return replace(found, rounds=search.rounds + infeasible.rounds)
+            return replace(found, rounds=search.rounds + infeasible.rounds, struck=search.struck)
         if peak is not None or not infeasible.proved:
             return replace(
                 infeasible,
@@ -143,7 +151,8 @@ def _solution(search: Search) -> Solution | None:
         return None
     decision, evaluation = search.best
     gap = search.gap()
-    return Solution(decision, evaluation, search.bound, gap if gap > EXACT else 0.0, search.rounds)
+    gap = gap if gap > EXACT else 0.0
+    return Solution(decision, evaluation, search.bound, gap, search.rounds, search.struck)
 
 
 def _smallest(
