@@ -21,7 +21,7 @@ from ..codecs import get_codec
 from ..devices import DeviceProfile
 from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
-from ..types import Action, Decision, Plan
+from ..types import Action, Decision, Plan, Price
 from .assign import Option, assign
 from .error_model import BOUND_FACTOR, ErrorModel
 from .fit import Fit, Judge, fit
@@ -54,6 +54,7 @@ class Codecs:
     notes: tuple[str, ...] = ()
     tightened: bool = False  # by the budget, beyond the mode's own target
     rebuilt_us: float | None = None  # what the solver counts for all that is computed again
+    price: Price | None = None
 
     @property
     def by_name(self) -> dict[str, str]:
@@ -144,10 +145,8 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
     )
     notes = selection.notes
     if found.struck:
-        notes += (
-            f"the planner ran into its deadline ({config.plan_seconds:g} s): another run may find another plan; "
-            "plan_seconds gives it more",
-        )
+        late = f"the planner ran into its deadline ({config.plan_seconds:g} s)"
+        notes += (f"{late}: another run may find another plan; plan_seconds gives it more",)
     picked = replace(selection, saved=found.saved, notes=notes)
     return replace(picked, codecs=_described(model, picked, found.codecs, device, found))
 
@@ -173,7 +172,14 @@ def _described(
         found.gap,
         tightened=True,
         rebuilt_us=max(0.0, found.evaluation.time_us - stored_us),
+        price=_price(found),
     )
+
+
+def _price(found: Fit) -> Price | None:
+    if found.price is None:
+        return None
+    return Price(found.price.step_bytes, found.price.more_saves, found.price.less_costs)
 
 
 def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
@@ -247,6 +253,7 @@ def make_plan(
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
         tightened=codecs.tightened,
+        price=codecs.price,
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),

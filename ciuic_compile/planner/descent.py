@@ -6,8 +6,9 @@ HiGHS proves bounds but finds little by itself where long chains may be rebuilt;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .program import ABSENT, Decision, Problem
 from .state import State
@@ -23,54 +24,58 @@ _STILL_GOOD = 0.5
 _MEASURE = 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class Effort:
-    """How long to go on.
+    """How long to go on; several descents may share one.
 
     Attributes:
-        work: candidates to look at, so that the answer is the same on every machine.
-        over: whether time is up all the same.
+        work: candidates that may still be looked at, so that the answer is the same on every machine.
+        late: whether time is up all the same.
     """
 
     work: int
-    over: Callable[[], bool]
+    late: Callable[[], bool] = lambda: False
+
+    def over(self) -> bool:
+        """Whether to stop."""
+        return self.work <= 0 or self.late()
 
 
-def descend(problem: Problem, start: Decision, effort: Effort) -> Decision:
+#: Which moves: all of them, those of whole groups, those of single candidates.
+ALL, GROUPS, SINGLES = slice(None), slice(1), slice(-1, None)
+
+
+def descend(problem: Problem, start: Decision, effort: Effort, moves: slice = ALL) -> Decision:
     """The decision that greedy moves reach from ``start``: first within the limits, then cheaper.
 
     Args:
         start: a decision in which nothing is missing.
     """
-    return _Descent(State(problem, start), effort).run()
+    return _Descent(State(problem, start), effort).run(_levels(problem)[moves])
 
 
 class _Descent:
     def __init__(self, state: State, effort: Effort) -> None:
         self.state, self.effort = state, effort
-        self.measured = 0
 
-    def run(self) -> Decision:
-        for moves in _levels(self.state.problem):
+    def run(self, levels: Sequence[Sequence[Move]]) -> Decision:
+        for moves in levels:
             while self._pass(moves):
                 pass
         return self.state.result()
-
-    def _over(self) -> bool:
-        return self.state.work + _MEASURE * self.measured > self.effort.work or self.effort.over()
 
     def _pass(self, moves: Sequence[Move]) -> bool:
         """Make the moves that are worth most, the best first; False if none is."""
         worth = []
         for index, move in enumerate(moves):
-            if self._over():
+            if self.effort.over():
                 return False
             if (gain := self._worth(move)) > 0:
                 worth.append((-gain, index))
         moved = False
         meets_limits = self.state.excess() == 0.0
         for negative, index in sorted(worth):
-            if self._over():
+            if self.effort.over():
                 return False
             if self._worth(moves[index], least=-negative * _STILL_GOOD) > 0:
                 moved = True
@@ -86,10 +91,11 @@ class _Descent:
         """
         state = self.state
         before, over = state.cost(), state.excess()
+        done = state.work
         undo = state.change(*move)
         if not undo:
             return 0.0
-        self.measured += 1
+        self.effort.work -= state.work - done + _MEASURE
         cost, excess = state.cost(), state.excess()
         worth = 0.0
         if cost < float("inf"):
@@ -103,19 +109,21 @@ class _Descent:
         return worth if least is None or worth >= least else 0.0
 
 
-def _levels(problem: Problem) -> Iterator[list[Move]]:
+def _levels(problem: Problem) -> list[list[Move]]:
     """Moves of whole groups, then of parts of them, then of one candidate."""
     groups: dict[str, list[int]] = {}
     for v, c in enumerate(problem.candidates):
         if c.rebuild is not None or len(c.stores) > 1:
             groups.setdefault(c.group or f"candidate {v}", []).append(v)
-    for parts in (_whole, _parts, _single):
-        yield [
+    return [
+        [
             (tuple(part), choice)
             for members in groups.values()
             for part in parts(members)
             for choice in _choices(problem, members[0])
         ]
+        for parts in (_whole, _parts, _single)
+    ]
 
 
 def _choices(problem: Problem, v: int) -> list[int]:
@@ -133,7 +141,7 @@ def _parts(members: list[int]) -> list[list[int]]:
     parts = [members[::2], members[1::2], members[::3], members[2::3]]
     for pieces in (2, 4, 8):
         ends = [count * i // pieces for i in range(pieces + 1)]
-        parts += [members[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts += [members[a:b] for a, b in pairwise(ends)]
     return [p for p in parts if 1 < len(p) < count]
 
 

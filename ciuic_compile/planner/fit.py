@@ -11,14 +11,16 @@ from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
-from .solve import Infeasible, Solution, solve
+from .solve import Infeasible, Price, Solution, prices, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
 #: Shares of the deadline for one answer after the other; those after the first go on from it.
-_SHARES = (0.5, 0.15, 0.15, 0.15)
+_SHARES = (0.4, 0.25, 0.15, 0.1)
 _GAP = 0.005
+#: Bytes of budget that the prices are for; at most a tenth of it.
+_STEP = 2**30
 #: Room under the budget that is worth one more round, as a share of it.
 _ROOM = 0.02
 
@@ -32,15 +34,18 @@ class Fit:
         bound: no decision within the program's limits costs less.
         gap: ``(cost - bound) / cost``.
         struck: the deadline ended the search.
+        price: what more and less of budget would change, by the program.
     """
 
     saved: tuple[fx.Node, ...]
     codecs: Mapping[fx.Node, str | None]
     peaks: Peaks
+    decision: Decision
     evaluation: Evaluation
     bound: float = 0.0
     gap: float = 1.0
     struck: bool = False
+    price: Price | None = None
 
 
 def fit(
@@ -71,7 +76,7 @@ def fit(
 
     def judged(decision: Decision) -> Fit:
         saved, codecs = formulation.saved(decision), formulation.stored(decision)
-        return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
+        return Fit(saved, codecs, judge(saved, codecs), decision, evaluate(problem, decision))
 
     first, peaks = judged_before
     drift = peaks.peak - evaluate(problem, first).peak_bytes
@@ -92,10 +97,13 @@ def fit(
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
-        return replace(min(fitting, key=lambda f: f.evaluation.cost), struck=struck)
+        best = min(fitting, key=lambda f: f.evaluation.cost)
+        limited = replace(problem, budget=max(budget - drift, best.evaluation.peak_bytes))
+        price = prices(limited, best, min(_STEP, budget // 10), seconds * _SHARES[-1], _GAP)
+        return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
-    certificate = solve(replace(problem, budget=0), seconds * _SHARES[-1], _GAP, [start])
-    least = judged(start)
+    certificate = solve(replace(problem, budget=0), seconds, _GAP, starts)
+    least = min([judged(start), *tried], key=lambda f: f.peaks.peak)
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
     if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):

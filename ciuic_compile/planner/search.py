@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
 
-from .descent import Effort, descend
+from .descent import ALL, GROUPS, SINGLES, Effort, descend
 from .highs import quiet_milp
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
@@ -35,9 +35,11 @@ _TIES = (2e-7, 2e-8)
 #: More 0/1 columns than this are first reduced by the linear relaxation.
 _SMALL = 400
 
-#: Share of the time for greedy moves, counted in work; how much of what is left the clock allows them all the
-#: same; and how much less of peak they are asked for at a time.
-_GREEDY, _GUARD, _TIGHTER = 0.5, 0.8, 0.95
+#: Share of the time for greedy moves, counted in work, and how much of what is left the clock allows them.
+_GREEDY, _GUARD = 0.5, 0.8
+
+#: Budgets tried for the smallest peak, each halfway between what was and what was not reached.
+_HALVINGS = 6
 
 #: Candidates that greedy moves look at in a second: half of what two shared cores (x86-64) did.
 _WORK_PER_SECOND = 1e5
@@ -168,30 +170,43 @@ class Search:
             rebuilt.append(ABSENT if c.rebuild else small[-1])
         for choices in (cheap, small, rebuilt):
             self.offer(tuple(choices))
-        origin = tuple(self.warm or cheap)
-        if not self.clock.over() and not evaluate(self.problem, origin).missing:
-            self._descend(origin)
+        if self.clock.over() or evaluate(self.problem, cheap).missing:
+            return
+        if self.warm is not None and self.metric == "cost":
+            near = descend(self.problem, self.warm, self._effort(_GREEDY), SINGLES)
+            if self.offer(near).feasible:
+                return
+        self._descend(self.best[0] if self.best and self.metric == "peak" else tuple(cheap))
 
     def _descend(self, start: Decision) -> None:
         """What greedy moves find; for the smallest peak, under one budget after the other."""
         effort = self._effort(_GREEDY)
         if self.metric in ("cost", "any"):
             self.offer(descend(self.problem, start, effort))
-        budget = self.best[1].peak_bytes if self.best else evaluate(self.problem, start).peak_bytes
-        while self.metric == "peak" and not effort.over():
-            budget = int(budget * _TIGHTER)
-            start = descend(replace(self.problem, budget=budget), start, effort)
-            if self.offer(start).peak_bytes > budget:
-                break
+        if self.metric != "peak" or not self.problem.base:
+            return
+        high = evaluate(self.problem, start).peak_bytes
+        for moves in (GROUPS, ALL):
+            low = max(self.problem.base)
+            for _ in range(_HALVINGS):
+                if effort.over():
+                    return
+                budget = (low + high) // 2
+                found = descend(replace(self.problem, budget=budget), start, effort, moves)
+                peak = self.offer(found).peak_bytes
+                if peak < high:
+                    high, start = peak, found
+                if peak > budget:
+                    low = budget
 
     def _effort(self, share: float) -> Effort:
         left = Clock(_GUARD * self.clock.left())
 
-        def over() -> bool:
+        def late() -> bool:
             self.struck |= left.over()
             return left.over()
 
-        return Effort(int(_WORK_PER_SECOND * share * self.allowed), over)
+        return Effort(int(_WORK_PER_SECOND * share * self.allowed), late)
 
     # -- the program
 
@@ -323,7 +338,7 @@ class Search:
         return True if result.status == 0 and not linear and self.best is not before else None
 
     def _affordable(self, shape: tuple[int, int]) -> bool:
-        """Whether an integer program of this size is likely to end in time, by a count that no clock disturbs."""
+        """Whether an integer program of this size is likely to end in time; no clock is asked."""
         if self.relaxation.binaries <= _SMALL:
             return True
         self.expected += _SECONDS_A_CELL * shape[0] * shape[1]

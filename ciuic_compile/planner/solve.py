@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Literal, Protocol
 
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, live_at
 from .search import EXACT, Search
@@ -38,6 +38,16 @@ class Solution:
     gap: float
     rounds: int
     struck: bool = False
+
+
+class Decided(Protocol):
+    """A decision and what it does."""
+
+    @property
+    def decision(self) -> Decision: ...
+
+    @property
+    def evaluation(self) -> Evaluation: ...
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,8 @@ def solve(
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
-    The answer is the same every time, on every machine, unless the deadline ends the search (``struck``): what is
-    tried within it is counted in work, of which a machine of today does more than twice as much in that time.
+    The answer is the same every time, on every machine, unless the deadline ends the search (``struck``):
+    what is tried within it is counted in work, of which a machine of today does twice as much in that time.
 
     Args:
         deadline_s: seconds after which the best decision so far is returned, with its gap.
@@ -119,7 +129,7 @@ def solve(
         return found
     left = max(deadline_s - search.clock.elapsed(), 0.1 * deadline_s)
     if problem.budget is not None:
-        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap)
+        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap, starts)
         if peak is not None and peak.peak_bytes <= problem.budget:
             assert infeasible.decision is not None
             again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
@@ -156,10 +166,14 @@ def _solution(search: Search) -> Solution | None:
 
 
 def _smallest(
-    problem: Problem, metric: Literal["peak", "saved", "variance"], seconds: float, gap: float
+    problem: Problem,
+    metric: Literal["peak", "saved", "variance"],
+    seconds: float,
+    gap: float,
+    starts: Sequence[Decision] = (),
 ) -> tuple[Evaluation | None, Infeasible]:
     """Least peak, saved bytes or variance; ``proved`` says here that there is no decision at all."""
-    search = Search(problem, metric, seconds, gap)
+    search = Search(problem, metric, seconds, gap, starts)
     search.run()
     limit: Literal["budget", "saved", "variance"] = "budget" if metric == "peak" else metric
     if search.best is None:
@@ -211,7 +225,7 @@ def _live(problem: Problem, found: Infeasible, most: int = 12) -> tuple[Live, ..
 
 def prices(
     problem: Problem,
-    solution: Solution,
+    solution: Decided,
     step_bytes: int | None = None,
     deadline_s: float = 2.0,
     gap: float = 0.005,
@@ -227,10 +241,10 @@ def prices(
     step = step_bytes if step_bytes is not None else max(1, min(2**30, problem.budget // 10))
     if step <= 0:
         raise ValueError(f"the step must be positive, not {step}")
-    cost = solution.evaluation.cost
-    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [solution.decision])
+    cost, found = solution.evaluation.cost, solution.decision
+    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [found], warm=found)
     assert isinstance(more, Solution), "what fits the budget fits a larger one"
-    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap)
+    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap, warm=found)
     search.run()
     less = _solution(search)
     return Price(

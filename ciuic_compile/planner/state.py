@@ -1,4 +1,4 @@
-"""A decision that is changed and measured in place: what ``program.evaluate`` says, at the cost of the change.
+"""A decision that is changed and measured in place: what ``program.evaluate`` says, for less work.
 
 A move changes few candidates; only they and what they are rebuilt from are looked at again.
 """
@@ -56,11 +56,14 @@ class State:
         return tuple(self.decision)
 
     def cost(self) -> float:
-        """Weighted time and variance; infinite where something is needed that is neither stored nor rebuilt."""
+        """Weighted time and variance; infinite where something needed is neither stored nor rebuilt."""
         return inf if self._missing else self.problem.cost(self._time, self._variance)
 
     def excess(self) -> float:
-        """Bytes over the limits, summed over steps; 0.0 within them. An error over its limit counts as bytes."""
+        """Bytes over the limits, summed over steps; 0.0 within them.
+
+        An error over its limit counts as the saved bytes, as often as it is too large.
+        """
         if self._excess is None:
             self._excess = self._measured()
         return self._excess

@@ -160,7 +160,7 @@ def test_greedy_moves_never_end_above_where_they_began() -> None:
         if before.missing:
             continue
         limited = replace(problem, budget=int(before.peak_bytes * rng.choice([0.5, 0.8, 1.0])))
-        after = evaluate(limited, descend(limited, start, Effort(10**9, lambda: False)))
+        after = evaluate(limited, descend(limited, start, Effort(10**9)))
         assert not after.missing
         over = [int(np.maximum(e.live_bytes - limited.budget, 0).sum()) for e in (before, after)]
         assert over[1] < over[0] or over == [0, 0] or after.cost == before.cost
