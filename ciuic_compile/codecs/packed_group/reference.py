@@ -1,12 +1,17 @@
 """Packed groups in plain aten: what the kernels must equal, and what Inductor fuses.
 
-Encoding puts the bits that share bytes into one word and broadcasts a shift over its bytes; decoding
-broadcasts shifts over the planes: neither slices or concatenates anything that was computed.
+The encoder works on the two halves of a group side by side (they share bytes), and the decoder broadcasts
+shifts: neither concatenates. Only upper bits are sliced from what was computed, the codes in a byte each.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import chain
+from operator import or_
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ciuic_compile.codecs._group import dequantize_groups, to_groups
@@ -18,27 +23,26 @@ from ciuic_compile.codecs.packed_group.ops import PackedGroup
 def encode(flat: Tensor, codec: PackedGroup) -> Encoded:
     """Payload uint8 [groups, group_size * bits / 8], scale and (affine) offset bfloat16 [groups]."""
     grouped = to_groups(flat, codec.group_size)
-    (codes,), *qparams = quantize((grouped,), codec.levels, codec.symmetric)
-    half = codec.parts // 2
-    dtype = torch.int32 if codec.planes < 4 else torch.int64
-    codes = codes.to(dtype).view(-1, codec.parts, codec.width)
-    part = torch.arange(codec.parts, dtype=dtype, device=flat.device)[:, None]
-    bits = (codes & 15) << (part % half * 8 + part // half * 4)
+    halves = grouped.view(grouped.shape[0], 2, codec.group_size // 2)
+    codes, scale, offset = quantize((halves[:, 0], halves[:, 1]), codec.levels, codec.symmetric)
+    low, high = (c.to(torch.uint8) for c in codes)
+    payload = (low & 15) | (high << 4)
     if codec.bits > 4:
-        bits = bits | ((codes >> 4) << (part * (codec.bits - 4) + half * 8))
-    word = bits.sum(1, keepdim=True, dtype=dtype)
-    plane = torch.arange(codec.planes, dtype=dtype, device=flat.device)[:, None]
-    payload = ((word >> (plane * 8)) & 255).to(torch.uint8).view(-1, codec.planes * codec.width)
-    return (payload, *(q for q in qparams if q is not None))
+        split = ((half >> 4).view(-1, codec.parts // 2, codec.width).unbind(1) for half in (low, high))
+        rest = reduce(or_, (part << (m * (codec.bits - 4)) for m, part in enumerate(chain(*split))))
+        # Zeros beside both, where the other is: Inductor computes that in place, and a `cat` through buffers.
+        payload = F.pad(payload, (0, codec.width)) | F.pad(rest, (codec.group_size // 2, 0))
+    return (payload, scale) if offset is None else (payload, scale, offset)
 
 
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: PackedGroup) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     payload, *qparams = encoded
-    half, upper = codec.parts // 2, codec.bits - 4
-    planes = payload.view(-1, 1, codec.planes, codec.width).to(torch.int32)
-    part = torch.arange(codec.parts, dtype=torch.int32, device=payload.device).view(2, half, 1)
-    codes = (planes[:, :, :half] >> (part // half * 4)) & 15
+    groups, half, upper = payload.shape[0], codec.group_size // 2, codec.bits - 4
+    shared = payload.to(torch.int32)[:, None, :]
+    shift = torch.arange(codec.parts, dtype=torch.int32, device=payload.device)[:, None]
+    codes = ((shared[..., :half] >> (shift[:2] * 4)) & 15).view(groups, codec.group_size)
     if upper:
-        codes = codes | (((planes[:, :, half:] >> (part * upper)) & (2**upper - 1)) << 4)
+        rest = (shared[..., half:] >> (shift * upper)) & (2**upper - 1)
+        codes = codes | (rest.view(groups, codec.group_size) << 4)
     return dequantize_groups(codes, qparams, numel, dtype, codec)
