@@ -19,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from tests.codecs.cases import CHOSEN, awkward, codec_named, same_bits
 
 
-
 def trace(
     name: str, shape: tuple[int, int], dynamic: bool
 ) -> tuple[fx.GraphModule, fx.GraphModule, ShapeEnv]:

@@ -1,4 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment"
+# ruff: noqa: RUF005 (tuples grow by +, the one way that Triton compiles)
 """Packed groups in Triton: each program reads a tile of groups once and writes it once.
 
 The parts of a group share bytes, so a program holds each as a tile of its own (tuples of tiles, unrolled when
@@ -133,9 +135,7 @@ def extremes(low, high, PARTS: tl.constexpr):
 
 
 @triton.jit
-def special_codes(
-    parts, codes, PARTS: tl.constexpr, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr
-):
+def special_codes(parts, codes, PARTS: tl.constexpr, NAN: tl.constexpr, POS: tl.constexpr, NEG: tl.constexpr):
     """Put the reserved codes where the parts hold NaN or Inf."""
     found = ()
     for m in tl.static_range(PARTS):
@@ -187,9 +187,7 @@ def special_values(
     """Clamp finite values to +-LIMIT, and put NaN and Inf where special groups hold their codes."""
     found = ()
     for m in tl.static_range(PARTS):
-        found = found + (
-            special_value(clamp_finite(values[m], LIMIT), codes[m], special, NAN, POS, NEG),
-        )
+        found = found + (special_value(clamp_finite(values[m], LIMIT), codes[m], special, NAN, POS, NEG),)
     return found
 
 

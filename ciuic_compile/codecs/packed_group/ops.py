@@ -12,10 +12,10 @@ from ciuic_compile.codecs._group import Backend, IntGroupCodec
 class PackedGroup(IntGroupCodec):
     """Symmetric q in [-top, top] stored plus 2^(bits-1), or affine q in [0, top].
 
-    Payload uint8 [groups, group_size * bits / 8]. Byte j of its first half-group holds the low four bits of
-    element j in its own low four, and those of element j + group_size / 2 in its high four. Codes of more bits
-    have the rest in one more plane: byte j holds bits 4 and up of elements j, j + w, j + 2w, ..., the first in
-    its lowest bits, w = group_size / parts.
+    Payload uint8 [groups, group_size * bits / 8]. Byte j of the first group_size / 2 holds the low four bits
+    of element j in its own low four, and those of element j + group_size / 2 in its high four. Codes of more
+    bits have the rest in one more plane: its byte j holds the upper bits of elements j, j + w, j + 2w, ...,
+    the first in its lowest bits, where w = group_size / parts.
 
     All of it is made of ``parts`` runs of w elements (and w bytes) that never need to be shuffled.
     """

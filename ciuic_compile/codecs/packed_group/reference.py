@@ -38,11 +38,15 @@ def encode(flat: Tensor, codec: PackedGroup) -> Encoded:
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: PackedGroup) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     payload, *qparams = encoded
-    groups, half, upper = payload.shape[0], codec.group_size // 2, codec.bits - 4
+    half, upper = codec.group_size // 2, codec.bits - 4
     shared = payload.to(torch.int32)[:, None, :]
-    shift = torch.arange(codec.parts, dtype=torch.int32, device=payload.device)[:, None]
-    codes = ((shared[..., :half] >> (shift[:2] * 4)) & 15).view(groups, codec.group_size)
+    bits = [(shared[..., :half] >> _shifts(2, 4, payload.device)) & 15]
     if upper:
-        rest = (shared[..., half:] >> (shift * upper)) & (2**upper - 1)
-        codes = codes | (rest.view(groups, codec.group_size) << 4)
-    return dequantize_groups(codes, qparams, numel, dtype, codec)
+        rest = (shared[..., half:] >> _shifts(codec.parts, upper, payload.device)) & (2**upper - 1)
+        bits.append(rest << 4)
+    return dequantize_groups(bits, qparams, numel, dtype, codec)
+
+
+def _shifts(count: int, bits: int, device: torch.device) -> Tensor:
+    """``0, bits, 2 bits, ...``, one for each row of what shares a byte."""
+    return torch.arange(count, dtype=torch.int32, device=device)[:, None] * bits
