@@ -9,6 +9,7 @@ import pytest
 import sympy
 import torch
 
+from ciuic_compile.analyze import LOSSY_CODECS
 from ciuic_compile.codecs import CODECS, get_codec
 from ciuic_compile.errors import OptionError
 from tests.codecs.cases import CHOSEN, NAMES, codec_named
@@ -21,6 +22,7 @@ def test_names_are_canonical() -> None:
     assert set(CHOSEN) < {codec.name for codec in CODECS}
     bits = [codec.bits for codec in CODECS]
     assert bits == sorted(bits, reverse=True), "most precise first"
+    assert [name.format(64) for name in LOSSY_CODECS] == list(CHOSEN), "what the planner offers is tested"
 
 
 @pytest.mark.parametrize(
