@@ -25,7 +25,7 @@ NAMES = (
     "int4_group64_affine",
     "int4_group128_affine",
 )
-CHOSEN = ("int8_group64", "int6_group64", "int5_group64", "int4_group64", "int4_group64_affine")
+CHOSEN = ("int8_group64", "int6_group64", "int5_group64", "int4_group64_affine", "int4_group64")
 """What the planner considers at the default group size."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (0, 1, 63, 64, 65, 1000, 20000)  # 20000: several programs of a kernel, and a tail
