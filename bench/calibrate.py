@@ -34,7 +34,7 @@ from ciuic_compile.planner.error_model import BOUND_FACTOR, ErrorModel
 from ciuic_compile.simulate import Peaks
 from ciuic_compile.types import Plan
 
-CODECS = ("int8_group64", "int4_group64_affine", "int4_group64")
+CODECS = ("int8_group64", "int6_group64", "int5_group64", "int4_group64_affine", "int4_group64")
 
 
 @dataclass

@@ -23,6 +23,8 @@ from .types import Source, Storage, TensorClass
 _TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
+LOSSY_CODECS = ("int8_group{}", "int6_group{}", "int5_group{}", "int4_group{}_affine", "int4_group{}")
+"""Names by group size, most precise first."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class MemoryModel:
             return []
         group = self.config.group_size
         fewest = self.classes.min_bits(node, group)
-        names = (f"int8_group{group}", f"int4_group{group}_affine", f"int4_group{group}")
+        names = (name.format(group) for name in LOSSY_CODECS)
         return [c for c in map(get_codec, names) if c.bits >= fewest]
 
     def stored_bytes(self, node: fx.Node) -> float:

@@ -139,7 +139,9 @@ def names(found: Stage, node: fx.Node) -> set[str]:
     return {c.name for c in found.model.codecs(node)}
 
 
-@pytest.mark.parametrize("codec", ["int8_group64", "int4_group64", "int4_group64_affine"])
+@pytest.mark.parametrize(
+    "codec", ["int8_group64", "int6_group64", "int5_group64", "int4_group64", "int4_group64_affine"]
+)
 def test_linear_layers_as_measured_within_a_factor_of_two(codec: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
