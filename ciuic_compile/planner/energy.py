@@ -69,6 +69,8 @@ class Energy:
             return _scale(node) * prod(values)
         if is_reduction(node) or packet(node) in _OF_ORDER_ONE or not values:
             return 1.0
+        if packet(node) is aten.sub and any(i in self._classes.statistics for i in inputs):
+            return max(values)  # what a mean is taken away of does not grow
         if packet(node) in TERMS:
             return sum(values) + sum(float(a) ** 2 for a in node.args[:2] if isinstance(a, (int, float)))
         if is_contraction(node) and any(i in self._classes.from_parameters for i in inputs):
