@@ -23,7 +23,7 @@ from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
-from .error_model import BOUND_FACTOR, ErrorModel
+from .error_model import ErrorModel
 from .fit import Fit, Judge, fit
 from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
@@ -124,8 +124,8 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         return replace(selection, codecs=codecs)
     everything = storable(model)
     coefficients = {
-        **ErrorModel(model.captured, model.classes, everything).coefficients(),
-        **ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients(),
+        **_errors(model, everything).coefficients(),
+        **_errors(model, selection.saved).coefficients(),
     }
     options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
     formulation = formulate(model, options, selection.saved)
@@ -152,7 +152,7 @@ def _described(
     found: Fit,
 ) -> Codecs:
     """What the solver chose, with the error of each storage among these saved ones."""
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     picked: dict[fx.Node, Option] = {}
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
@@ -168,9 +168,13 @@ def _described(
     )
 
 
+def _errors(model: MemoryModel, saved: Sequence[fx.Node]) -> ErrorModel:
+    return ErrorModel(model.captured, model.classes, list(saved), model.calibration)
+
+
 def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
     saved = list(model.storages_of(selection.saved))
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     options = [_options(model, node, coefficients.get(node, 0.0), device) for node in saved]
     max_variance = model.config.max_error**2 if model.config.max_error is not None else None
     if not model.config.lossy:
@@ -215,8 +219,7 @@ def make_plan(
     before = model.baseline_here
     nodes = sorted({*ours, *before}, key=captured.order.__getitem__)
     mse = {n: _mse(c) for n, c in codecs.chosen.items()}
-    error_model = ErrorModel(captured, model.classes, list(selection.saved))
-    errors = error_model.gradient_errors(mse)
+    error_model = _errors(model, selection.saved)
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     if codecs.rebuilt_us is not None:
@@ -232,8 +235,8 @@ def make_plan(
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
-        gradient_error=error_model.whole(errors),
-        gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
+        gradient_error=error_model.whole(error_model.gradient_errors(mse)),
+        gradient_error_bound=error_model.bound(mse),
         time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
@@ -242,7 +245,7 @@ def make_plan(
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
-        notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
+        notes=(*selection.notes, *codecs.notes, *notes, *_calibrated(model), *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
 
@@ -256,6 +259,17 @@ def _logits_again_us(model: MemoryModel) -> float:
             flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
             total += flop / model.device.flop_per_us(made.dtype.itemsize)
     return total
+
+
+def _calibrated(model: MemoryModel) -> list[str]:
+    """Whether the stated errors rest on the user's calibration."""
+    given = model.config.calibration
+    if given is None or not model.config.lossy:
+        return []
+    if model.calibration is None:
+        return ["the calibration is not of this graph: its errors are guessed from shapes; calibrate again"]
+    where = f"{given.steps} step{'s' if given.steps > 1 else ''} on {given.device} (torch {given.torch})"
+    return [f"errors are those of the calibration: {where}"]
 
 
 def _unmatched(model: MemoryModel) -> list[str]:

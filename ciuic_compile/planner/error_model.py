@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from .. import compat
+from ..calibration import GraphCalibration
 from ..capture import CapturedGraph, numel
 from ..classify import Classifier, packet
 from ..types import TensorClass
@@ -66,12 +67,20 @@ class ErrorModel:
         captured: the joint graph.
         classes: its classifier.
         saved: nodes that live from forward to backward; errors start there.
+        measured: shares and gains that were measured of this graph; None: shares are guessed, gains 1.
     """
 
-    def __init__(self, captured: CapturedGraph, classes: Classifier, saved: list[fx.Node]) -> None:
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        classes: Classifier,
+        saved: list[fx.Node],
+        measured: GraphCalibration | None = None,
+    ) -> None:
         self._captured = captured
         self._classes = classes
         self._saved = set(saved)
+        self._measured = measured
         self._energy = Energy(captured, classes)
 
     def coefficients(self) -> dict[fx.Node, float]:
@@ -86,7 +95,17 @@ class ErrorModel:
 
     def gradient_errors(self, mse: Mapping[fx.Node, float]) -> list[float]:
         """Relative error (standard deviation) of each gradient output, given each saved node's mse."""
-        variance = {n: m * self._gain(n) for n, m in mse.items()}
+        return self._propagate({n: m * self._gain(n) for n, m in mse.items()})
+
+    def bound(self, mse: Mapping[fx.Node, float]) -> float:
+        """What no parameter's relative error should exceed.
+
+        A gain below 1 was measured on the whole gradient and holds for no single parameter.
+        """
+        least = {n: m * max(self._gain(n), self._shape_gain(n)) for n, m in mse.items()}
+        return BOUND_FACTOR * max(self._propagate(least), default=0.0)
+
+    def _propagate(self, variance: dict[fx.Node, float]) -> list[float]:
         for node in self._sweep:
             variance[node] = sum(s * variance.get(i, 0.0) for i, s in self._shares[node].items())
         return [sqrt(variance.get(n, 0.0)) for n in self._captured.bwd_outputs]
@@ -98,6 +117,8 @@ class ErrorModel:
     @cached_property
     def weights(self) -> list[float]:
         """Share of each gradient output in the energy of the whole gradient; they add up to 1."""
+        if self._measured is not None:
+            return list(self._measured.shares)
         gradients = self._captured.bwd_outputs
         guessed, sizes = [self._energy.total(n) for n in gradients], [numel(n) for n in gradients]
         return [
@@ -106,6 +127,10 @@ class ErrorModel:
         ]
 
     def _gain(self, node: fx.Node) -> float:
+        gains = self._measured.gains if self._measured is not None else {}
+        return self._shape_gain(node) * gains.get(self._classes.kind(node).value, 1.0)
+
+    def _shape_gain(self, node: fx.Node) -> float:
         gain = GAIN.get(self._classes.kind(node), 1.0)
         if self._classes.is_mixed(node, GROUP_SIZE):
             return gain * MIXED
