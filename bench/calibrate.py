@@ -33,7 +33,7 @@ from ciuic_compile.config import parse_options
 from ciuic_compile.partitioner import CiuicPartitioner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.planner import Selection
-from ciuic_compile.planner.error_model import ErrorModel
+from ciuic_compile.planner.error_model import ErrorModel, relative_mse
 from ciuic_compile.simulate import Peaks
 from ciuic_compile.types import Plan
 
@@ -64,10 +64,17 @@ class Captured:
     def predict(self, codecs: Mapping[str, str]) -> tuple[float, float]:
         """Predicted relative error of the whole gradient, and the stated bound of any parameter's."""
         nodes = {n.name: n for n in self.selection.saved}
-        mse = {nodes[name]: get_codec(codec).relative_mse for name, codec in codecs.items()}
-        saved = list(self.selection.saved)
-        error_model = ErrorModel(self.model.captured, self.model.classes, saved, self.model.calibration)
-        return error_model.whole(error_model.gradient_errors(mse)), error_model.bound(mse)
+        classes, measured = self.model.classes, self.model.calibration
+        mse = {
+            nodes[name]: relative_mse(classes, nodes[name], get_codec(codec), measured)
+            for name, codec in codecs.items()
+        }
+        error_model = ErrorModel(self.model.captured, classes, list(self.selection.saved), measured)
+        most = {
+            nodes[name]: max(mse[nodes[name]], get_codec(codec).relative_mse)
+            for name, codec in codecs.items()
+        }
+        return error_model.whole(error_model.gradient_errors(mse)), error_model.bound(most)
 
     def by_class(self) -> dict[str, dict[str, str]]:
         """Class, and codec -> the saved tensors of that class on which that codec is legal."""
@@ -166,7 +173,18 @@ def _row(name: str, count: int, found: GradientError, whole: float, bound: float
     return {"what": name, "tensors": count, **asdict(found), "stated": whole, "bound": bound}
 
 
-COLUMNS = ("model", "compressed", "tensors", "error", "stated", "stated/error", "gain", "worst", "bound", "bound/worst")
+COLUMNS = (
+    "model",
+    "compressed",
+    "tensors",
+    "error",
+    "stated",
+    "stated/error",
+    "gain",
+    "worst",
+    "bound",
+    "bound/worst",
+)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:

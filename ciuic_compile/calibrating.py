@@ -2,7 +2,7 @@
 
 The model is captured and partitioned as for a lossy plan, but its graphs are run op by op, without codecs and
 without generating code. Each backward runs once as it is, which gives the energy of every gradient, and once
-for each class of saved tensors with all of that class through a codec and back. Only the backward differs
+for each group of saved tensors (mostly: class) with all of it through a codec and back. Only the backward differs
 between those runs, so the difference is the codecs' error and nothing else.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,15 +26,15 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from . import compat, markers
 from .analyze import MemoryModel
 from .calibration import Calibration, GraphCalibration
-from .codecs import get_codec
+from .codecs import Codec
 from .config import CompileConfig, parse_options
 from .errors import CalibrationError
 from .fingerprint import fingerprint
 from .partitioner import partition_joint
 from .planner import Selection
-from .planner.error_model import ErrorModel
+from .planner.error_model import ErrorModel, group_of
 
-#: The coarsest codec up to this error of its own measures a class: rounding to bfloat16, which differs from
+#: The coarsest codec up to this error of its own measures a group: rounding to bfloat16, which differs from
 #: run to run as soon as anything does, must be small beside it.
 _MOST = 0.01
 
@@ -43,23 +46,26 @@ class Measured:
     Attributes:
         energy: of each gradient.
         device: type of the gradients' device.
-        wrong: class of saved tensors -> of the error that the class made in all gradients.
+        mse: group -> codec -> relative mean squared error of each of its tensors at each call.
+        wrong: group of saved tensors -> of the error that the group made in all gradients.
     """
 
     model: MemoryModel
     selection: Selection
     energy: Tensor | None = None
     device: str = "cpu"
+    mse: dict[str, dict[str, list[float]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
     wrong: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def codecs(self) -> dict[str, dict[str, str]]:
-        """Class -> saved tensors of it, by name, and the codec that each is measured with."""
-        found: dict[str, dict[str, str]] = {}
+    @cached_property
+    def groups(self) -> dict[str, list[fx.Node]]:
+        """Group -> the saved tensors of it that a codec may store lossily."""
+        found: dict[str, list[fx.Node]] = {}
         for node in self.model.storages_of(self.selection.saved):
-            usable = [c for c in self.model.codecs(node) if 0 < c.relative_mse <= _MOST]
-            if usable:
-                kind = self.model.classes.kind(node).value
-                found.setdefault(kind, {})[node.name] = max(usable, key=lambda c: c.relative_mse).name
+            if self._lossy(node):
+                found.setdefault(group_of(self.model.classes, node), []).append(node)
         return found
 
     @torch.no_grad()
@@ -67,15 +73,21 @@ class Measured:
         """The gradients, exact; measured on the way."""
         exact = backward(*arguments)
         energy = _energies(exact)
-        self.device = next(g.device.type for g in exact if isinstance(g, Tensor))
         self.energy = energy if self.energy is None else self.energy + energy
-        for kind, codecs in self.codecs().items():
-            got = backward(*through(backward, arguments, codecs))
-            self.wrong[kind] += float(_energies(got, exact).sum())
+        self.device = next(g.device.type for g in exact if isinstance(g, Tensor))
+        given = dict(zip(_inputs(backward), arguments, strict=True))
+        for group, nodes in self.groups.items():
+            for node in nodes:
+                for codec in self._lossy(node):
+                    self.mse[group][codec.name].append(_relative_mse(given[node.name], codec.name))
+            coarse = {node.name: self._probe(node) for node in nodes}
+            self.wrong[group] += float(
+                _energies(backward(*through(backward, arguments, coarse)), exact).sum()
+            )
         return exact
 
     def result(self) -> GraphCalibration:
-        """Shares and gains.
+        """Shares, gains and the codecs' own errors.
 
         Raises:
             CalibrationError: the gradients are zero, or not finite.
@@ -85,30 +97,52 @@ class Measured:
         if not 0 < whole < float("inf"):
             raise CalibrationError(f"the gradients' sum of squares is {whole}; calibrate on ordinary batches")
         shares = (self.energy / whole).tolist()
-        saved = {n.name: n for n in self.selection.saved}
+        mse = {
+            group: {codec: fmean(known) for codec, all_ in codecs.items() if (known := _finite(all_))}
+            for group, codecs in self.mse.items()
+        }
         errors = ErrorModel(self.model.captured, self.model.classes, list(self.selection.saved))
         gains = {}
-        for kind, codecs in self.codecs().items():
-            mse = {saved[name]: get_codec(codec).relative_mse for name, codec in codecs.items()}
-            each = errors.gradient_errors(mse)
+        for group, nodes in self.groups.items():
+            each = errors.gradient_errors({n: mse[group].get(self._probe(n), 0.0) for n in nodes})
             predicted = sum(s * e * e for s, e in zip(shares, each, strict=True))
-            gain = self.wrong[kind] / whole / predicted if predicted else 1.0
-            if gain < float("inf"):  # false for NaN as well: nothing is known of the class then
-                gains[kind] = gain
-        return GraphCalibration(tuple(shares), gains)
+            gain = self.wrong[group] / whole / predicted if predicted else 1.0
+            if gain < float("inf"):  # false for NaN as well: nothing is known of the group then
+                gains[group] = gain
+        return GraphCalibration(tuple(shares), gains, mse)
+
+    def _lossy(self, node: fx.Node) -> list[Codec]:
+        return [codec for codec in self.model.codecs(node) if codec.relative_mse > 0]
+
+    def _probe(self, node: fx.Node) -> str:
+        """The codec that a tensor's group is measured with."""
+        usable = [codec for codec in self._lossy(node) if codec.relative_mse <= _MOST]
+        return max(usable or self._lossy(node), key=lambda codec: codec.relative_mse).name
 
 
 def through(backward: fx.GraphModule, arguments: Sequence[Any], codecs: Mapping[str, str]) -> list[Any]:
     """A backward's arguments, with these saved tensors (by name) through these codecs and back."""
+    named = zip(_inputs(backward), arguments, strict=True)
+    return [_there_and_back(a, codecs[name]) if name in codecs else a for name, a in named]
 
-    def moved(x: Tensor, codec: str) -> Tensor:
-        order = markers.storage_order(x)
-        return markers.decode(markers.encode(x, codec), codec, [x.shape[d] for d in order], order, x.dtype)
 
-    names = [n.name for n in backward.graph.find_nodes(op="placeholder")]
-    return [
-        moved(a, codecs[n]) if n in codecs else a for n, a in zip(names, arguments, strict=True)
-    ]  # fmt: skip
+def _inputs(backward: fx.GraphModule) -> list[str]:
+    return [n.name for n in backward.graph.find_nodes(op="placeholder")]
+
+
+def _there_and_back(x: Tensor, codec: str) -> Tensor:
+    order = markers.storage_order(x)
+    return markers.decode(markers.encode(x, codec), codec, [x.shape[d] for d in order], order, x.dtype)
+
+
+def _relative_mse(x: Tensor, codec: str) -> float:
+    """Of one tensor; NaN where it is zero."""
+    wrong, energy = _energies([_there_and_back(x, codec), x], [x, torch.zeros_like(x)])
+    return float(wrong / energy)
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [v for v in values if math.isfinite(v)]
 
 
 def calibrate(
@@ -203,8 +237,11 @@ def _merged(graphs: Sequence[Measured]) -> dict[str, Measured]:
         if first is not graph:
             assert first.energy is not None
             first.energy = first.energy + graph.energy
-            for kind, wrong in graph.wrong.items():
-                first.wrong[kind] += wrong
+            for group, wrong in graph.wrong.items():
+                first.wrong[group] += wrong
+            for group, codecs in graph.mse.items():
+                for codec, errors in codecs.items():
+                    first.mse[group][codec] += errors
     return found
 
 

@@ -21,7 +21,9 @@ from .types import TensorClass
 
 SCHEMA: Final = "ciuic.calibration/1"
 _FAMILY: Final = "ciuic.calibration/"
-_CLASSES: Final = frozenset(kind.value for kind in TensorClass)
+_GROUPS: Final = frozenset(
+    kind.value + special for kind in TensorClass for special in ("", "/mixed", "/convolution")
+)
 _VALID: Final = "a Calibration, or the path of a JSON file that its save() wrote"
 _AGAIN: Final = "calibrate again: ciuic_compile.calibrate(model, batches).save(path)"
 
@@ -32,11 +34,14 @@ class GraphCalibration:
 
     Attributes:
         shares: of each gradient that the backward returns, in its order, in the sum of squares of all.
-        gains: class of saved tensors -> measured over predicted error variance of the whole gradient.
+        gains: class of saved tensors, or "class/mixed" (groups over several channels) and
+            "class/convolution" (its outputs) apart -> measured over predicted error variance of the whole gradient.
+        mse: the same -> codec -> its relative mean squared error on these tensors (mean over them).
     """
 
     shares: tuple[float, ...]
     gains: Mapping[str, float]
+    mse: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ class Calibration:
     def to_json(self) -> str:
         """The file's text: ASCII, sorted; equal calibrations give equal text."""
         graphs = {
-            key: {"shares": [_short(s) for s in g.shares], "gains": {k: _short(v) for k, v in g.gains.items()}}
+            key: {
+                "shares": [_short(s) for s in g.shares],
+                "gains": _shortened(g.gains),
+                "mse": {group: _shortened(codecs) for group, codecs in g.mse.items()},
+            }
             for key, g in self.graphs.items()
         }
         document = {
@@ -125,14 +134,19 @@ def load(option: str, value: Any) -> Calibration:
 
 
 def _graph(data: Any) -> GraphCalibration:
-    _require(isinstance(data, dict) and set(data) == {"shares", "gains"}, "a graph lacks 'shares' or 'gains'")
-    shares, gains = data["shares"], data["gains"]
+    _require(isinstance(data, dict) and set(data) == {"shares", "gains", "mse"}, "a graph's fields")
+    shares, gains, mse = data["shares"], data["gains"], data["mse"]
     _require(isinstance(shares, list) and all(map(_is_amount, shares)), "'shares' are not numbers from 0 up")
     _require(abs(sum(shares) - 1) < 1e-3, "'shares' do not add up to 1")
-    _require(isinstance(gains, dict) and all(map(_is_amount, gains.values())), "'gains' are not numbers from 0")
-    unknown = sorted(set(gains) - _CLASSES)
-    _require(not unknown, f"'gains' of an unknown class {unknown[:1]}")
-    return GraphCalibration(tuple(map(float, shares)), {k: float(v) for k, v in gains.items()})
+    _require(isinstance(mse, dict) and all(isinstance(v, dict) for v in mse.values()), "'mse' is no table")
+    for amounts in (gains, *mse.values()):
+        _require(
+            isinstance(amounts, dict) and all(map(_is_amount, amounts.values())),
+            "'gains' or 'mse' are not numbers from 0 up",
+        )
+    unknown = sorted({*gains, *mse} - _GROUPS)
+    _require(not unknown, f"an unknown class {unknown[:1]}")
+    return GraphCalibration(tuple(map(float, shares)), gains, mse)
 
 
 def _is_amount(value: object) -> bool:
@@ -142,6 +156,10 @@ def _is_amount(value: object) -> bool:
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(f"damaged: {what}")
+
+
+def _shortened(amounts: Mapping[str, float]) -> dict[str, float]:
+    return {key: _short(value) for key, value in amounts.items()}
 
 
 def _short(value: float) -> float:

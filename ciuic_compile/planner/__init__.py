@@ -23,7 +23,7 @@ from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
-from .error_model import ErrorModel
+from .error_model import ErrorModel, relative_mse
 from .fit import Fit, Judge, fit
 from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
@@ -196,7 +196,7 @@ def _options(model: MemoryModel, node: fx.Node, coefficient: float, device: Devi
             Option(
                 codec.name,
                 int(codec.encoded_bytes(numel, itemsize)),
-                coefficient * codec.relative_mse,
+                coefficient * relative_mse(model.classes, node, codec, model.calibration),
                 time_us,
             )
         )
@@ -218,7 +218,9 @@ def make_plan(
     ours = model.storages_of(selection.saved)
     before = model.baseline_here
     nodes = sorted({*ours, *before}, key=captured.order.__getitem__)
-    mse = {n: _mse(c) for n, c in codecs.chosen.items()}
+    used = {n: get_codec(codec) for n, codec in codecs.chosen.items() if codec}
+    mse = {n: relative_mse(model.classes, n, codec, model.calibration) for n, codec in used.items()}
+    most = {n: max(mse[n], codec.relative_mse) for n, codec in used.items()}
     error_model = _errors(model, selection.saved)
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
@@ -236,7 +238,7 @@ def make_plan(
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
         gradient_error=error_model.whole(error_model.gradient_errors(mse)),
-        gradient_error_bound=error_model.bound(mse),
+        gradient_error_bound=error_model.bound(most),
         time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
@@ -325,10 +327,6 @@ def _dissolved(model: MemoryModel, device: DeviceProfile) -> list[Decision]:
 def get_bits(codec: str) -> int:
     """Payload bits of a codec by name."""
     return get_codec(codec).bits
-
-
-def _mse(codec: str | None) -> float:
-    return get_codec(codec).relative_mse if codec else 0.0
 
 
 def _symbolic_saved(model: MemoryModel, codecs: Codecs) -> str:

@@ -23,6 +23,7 @@ from .. import compat
 from ..calibration import GraphCalibration
 from ..capture import CapturedGraph, numel
 from ..classify import Classifier, packet
+from ..codecs import Codec
 from ..types import TensorClass
 from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
 
@@ -42,6 +43,8 @@ GROUP_SIZE = 64
 
 #: Gain of a convolution's output: batch norm removes its mean, which the codec's error is relative to.
 CENTRED = 2.0
+
+_SPECIAL = {"": 1.0, "/mixed": MIXED, "/convolution": CENTRED}
 
 #: How far the guessed shares of the gradients are trusted; the rest goes by numbers of elements.
 TRUST = 0.7
@@ -128,13 +131,10 @@ class ErrorModel:
 
     def _gain(self, node: fx.Node) -> float:
         gains = self._measured.gains if self._measured is not None else {}
-        return self._shape_gain(node) * gains.get(self._classes.kind(node).value, 1.0)
+        return self._shape_gain(node) * gains.get(group_of(self._classes, node), 1.0)
 
     def _shape_gain(self, node: fx.Node) -> float:
-        gain = GAIN.get(self._classes.kind(node), 1.0)
-        if self._classes.is_mixed(node, GROUP_SIZE):
-            return gain * MIXED
-        return gain * CENTRED if packet(node) is aten.convolution else gain
+        return GAIN.get(self._classes.kind(node), 1.0) * _SPECIAL[_special(self._classes, node)]
 
     @cached_property
     def _sweep(self) -> list[fx.Node]:
@@ -246,6 +246,25 @@ class ErrorModel:
 
     def _is_inexact(self, node: fx.Node) -> bool:
         return node not in self._classes.exact and self._classes.kind(node) not in _EXACT
+
+
+def group_of(classes: Classifier, node: fx.Node) -> str:
+    """What a calibration measures together: tensors of one class that have one constant here."""
+    return classes.kind(node).value + _special(classes, node)
+
+
+def relative_mse(
+    classes: Classifier, node: fx.Node, codec: Codec, measured: GraphCalibration | None = None
+) -> float:
+    """The codec's relative mean squared error on a saved tensor: measured, else that on Gaussian data."""
+    known = measured.mse.get(group_of(classes, node), {}) if measured is not None else {}
+    return known.get(codec.name, codec.relative_mse)
+
+
+def _special(classes: Classifier, node: fx.Node) -> str:
+    if classes.is_mixed(node, GROUP_SIZE):
+        return "/mixed"
+    return "/convolution" if packet(node) is aten.convolution else ""
 
 
 def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:
