@@ -2,8 +2,8 @@
 
 The model is captured and partitioned as for a lossy plan, but its graphs are run op by op, without codecs and
 without generating code. Each backward runs once as it is, which gives the energy of every gradient, and once
-for each group of saved tensors (mostly: class) with all of it through a codec and back. Only the backward differs
-between those runs, so the difference is the codecs' error and nothing else.
+for each group of saved tensors (mostly: class) with all of it through a codec and back. Only the backward
+differs between those runs, so the difference is the codecs' error and nothing else.
 """
 
 from __future__ import annotations
@@ -188,14 +188,14 @@ def _recorder(graphs: list[Measured]) -> Callable[..., Any]:
         partitioner = _Partitioner(config)
 
         def run_graph(graph: fx.GraphModule, example_inputs: object, **kwargs: Any) -> Any:
-            backward = kwargs.get("is_backward") and partitioner.measured is not None
-            if backward and partitioner.measured not in graphs:
-                graphs.append(partitioner.measured)
+            measured = partitioner.measured if kwargs.get("is_backward") else None
+            if measured is not None:
+                graphs.append(measured)
 
             def call(args: list[Any]) -> Any:
                 arguments = list(args)
                 args.clear()
-                return partitioner.measured.run(graph, arguments) if backward else graph(*arguments)
+                return graph(*arguments) if measured is None else measured.run(graph, arguments)
 
             call._boxed_call = True  # type: ignore[attr-defined]
             return call

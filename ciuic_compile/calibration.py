@@ -34,8 +34,9 @@ class GraphCalibration:
 
     Attributes:
         shares: of each gradient that the backward returns, in its order, in the sum of squares of all.
-        gains: class of saved tensors, or "class/mixed" (groups over several channels) and
-            "class/convolution" (its outputs) apart -> measured over predicted error variance of the whole gradient.
+        gains: group of saved tensors -> measured over predicted error variance of the whole gradient. A group
+            is a class, but "class/mixed" (several channels in 64 elements) and "class/convolution" (outputs of
+            convolutions) are groups of their own.
         mse: the same -> codec -> its relative mean squared error on these tensors (mean over them).
     """
 
