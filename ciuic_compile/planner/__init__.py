@@ -222,6 +222,8 @@ def make_plan(
     mse = {n: relative_mse(model.classes, n, codec, model.calibration) for n, codec in used.items()}
     most = {n: max(mse[n], codec.relative_mse) for n, codec in used.items()}
     error_model = _errors(model, selection.saved)
+    share = error_model.coefficients(error_model.weights)
+    errors = {node: sqrt(share[node] * mse[node]) for node in mse}
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     if codecs.rebuilt_us is not None:
@@ -230,7 +232,7 @@ def make_plan(
         name=name,
         mode=model.config.mode,
         decisions=(
-            *(_decision(model, node, ours, codecs, device) for node in nodes),
+            *(_decision(model, node, ours, codecs, device, errors.get(node, 0.0)) for node in nodes),
             *_dissolved(model, device),
         ),
         baseline_saved_bytes=model.baseline_bytes,
@@ -284,7 +286,12 @@ def _unmatched(model: MemoryModel) -> list[str]:
 
 
 def _decision(
-    model: MemoryModel, node: fx.Node, ours: Mapping[fx.Node, int], codecs: Codecs, device: DeviceProfile
+    model: MemoryModel,
+    node: fx.Node,
+    ours: Mapping[fx.Node, int],
+    codecs: Codecs,
+    device: DeviceProfile,
+    error: float,
 ) -> Decision:
     storage = model.storage(node)
     before = model.baseline_here.get(node, 0)
@@ -306,7 +313,7 @@ def _decision(
         option.codec,
         option.nbytes,
         before,
-        sqrt(option.variance),
+        error,
         option.time_us,
         reason,
     )

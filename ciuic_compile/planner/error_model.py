@@ -86,10 +86,14 @@ class ErrorModel:
         self._measured = measured
         self._energy = Energy(captured, classes)
 
-    def coefficients(self) -> dict[fx.Node, float]:
-        """For each saved node, d(variance of the whole gradient) / d(its codec's relative_mse)."""
+    def coefficients(self, weights: Sequence[float] | None = None) -> dict[fx.Node, float]:
+        """For each saved node, d(variance of the whole gradient) / d(its codec's relative_mse).
+
+        Args:
+            weights: of the gradient outputs; :attr:`cautious` ones, to plan by, by default.
+        """
         weight: dict[fx.Node, float] = {}
-        for node, share in zip(self._captured.bwd_outputs, self.weights, strict=True):
+        for node, share in zip(self._captured.bwd_outputs, weights or self.cautious, strict=True):
             weight[node] = weight.get(node, 0.0) + share
         for node in reversed(self._sweep):
             for source, share in self._shares[node].items():
@@ -122,12 +126,26 @@ class ErrorModel:
         """Share of each gradient output in the energy of the whole gradient; they add up to 1."""
         if self._measured is not None:
             return list(self._measured.shares)
-        gradients = self._captured.bwd_outputs
-        guessed, sizes = [self._energy.total(n) for n in gradients], [numel(n) for n in gradients]
-        return [
-            TRUST * g / sum(guessed) + (1 - TRUST) * s / sum(sizes)
-            for g, s in zip(guessed, sizes, strict=True)
-        ]
+        guessed = [self._energy.total(n) for n in self._captured.bwd_outputs]
+        return [TRUST * g / sum(guessed) + (1 - TRUST) * s for g, s in zip(guessed, self._sizes, strict=True)]
+
+    @cached_property
+    def cautious(self) -> list[float]:
+        """Weights to plan by: what counts little in the whole gradient is not given up for that.
+
+        Optimizers that scale each parameter by itself (Adam) read every gradient. No weight is below that of
+        :attr:`weights`, so a plan within an error by these is within it by those.
+        """
+        if self._measured is None:
+            return self.weights
+        rest = (1 - TRUST) / TRUST
+        return [w + rest * s for w, s in zip(self.weights, self._sizes, strict=True)]
+
+    @cached_property
+    def _sizes(self) -> list[float]:
+        """Share of each gradient output in the number of elements."""
+        sizes = [numel(n) for n in self._captured.bwd_outputs]
+        return [s / sum(sizes) for s in sizes]
 
     def _gain(self, node: fx.Node) -> float:
         gains = self._measured.gains if self._measured is not None else {}

@@ -179,7 +179,9 @@ def test_a_calibration_sets_shares_and_gains_but_loosens_no_bound(mlp: Stage) ->
     assert four.bound(mse) == pytest.approx(2 * guessed.bound(mse))
     for node in lossy:
         found = weighted(quarter, variances(quarter, {node: 1e-3})) / 1e-3
-        assert quarter.coefficients()[node] == pytest.approx(found)
+        assert quarter.coefficients(quarter.weights)[node] == pytest.approx(found)
+    assert all(c > w for c, w in zip(quarter.cautious, quarter.weights, strict=True))
+    assert guessed.cautious == guessed.weights
 
 
 def test_measured_codec_errors_take_the_place_of_the_gaussian_ones(mlp: Stage) -> None:
