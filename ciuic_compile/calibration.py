@@ -35,8 +35,8 @@ class GraphCalibration:
     Attributes:
         shares: of each gradient that the backward returns, in its order, in the sum of squares of all.
         gains: group of saved tensors -> measured over predicted error variance of the whole gradient. A group
-            is a class, but "class/mixed" (several channels in 64 elements) and "class/convolution" (convolutions'
-            outputs) are groups of their own.
+            is a class, but "class/mixed" (several channels in 64 elements) and "class/convolution"
+            (convolutions' outputs) are groups of their own.
         mse: the same -> codec -> its relative mean squared error on these tensors (mean over them).
     """
 
