@@ -151,7 +151,10 @@ def calibrate(
     """:func:`ciuic_compile.calibrate`."""
     if steps < 1:
         raise CalibrationError(f"steps={steps}: at least one step is needed")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+    while hasattr(model, "_orig_mod"):  # what torch.compile has wrapped
+        model = model._orig_mod  # type: ignore[assignment]
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(f"calibrate takes the module, not a {type(model).__name__}")
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise CalibrationError("no parameter of the model requires a gradient")

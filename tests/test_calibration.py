@@ -124,6 +124,8 @@ def test_batches_of_every_form() -> None:
 def test_what_cannot_be_measured(batches: Any, loss: Any, steps: int, why: str) -> None:
     with pytest.raises(CalibrationError, match=why):
         ciuic_compile.calibrate(mlp(), batches, loss, steps=steps)
+    with pytest.raises(CalibrationError, match="takes the module"):
+        ciuic_compile.calibrate(lambda x: x, batches, loss, steps=max(1, steps))  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="no parameter"):
         ciuic_compile.calibrate(nn.ReLU(), batches, loss, steps=max(1, steps))
 
