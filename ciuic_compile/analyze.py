@@ -12,11 +12,13 @@ import torch
 from torch import fx
 
 from . import compat
+from .calibration import GraphCalibration
 from .capture import CapturedGraph, owner, tensor
 from .classify import Classifier, is_reduction
 from .codecs import Codec, get_codec
 from .config import CompileConfig
 from .devices import DeviceProfile, profile_for
+from .fingerprint import fingerprint
 from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
 
@@ -80,6 +82,15 @@ class MemoryModel:
             return {}
         here = {node.name for node in self.captured.graph.nodes}
         return {node: size for node, size in self.original.baseline.items() if node.name not in here}
+
+    @cached_property
+    def calibration(self) -> GraphCalibration | None:
+        """What the user's calibration knows of this graph; None without one, and where it is of another."""
+        if self.config.calibration is None:
+            return None
+        found = self.config.calibration.graphs.get(fingerprint((self.original or self).captured))
+        matches = found is not None and len(found.shares) == len(self.captured.bwd_outputs)
+        return found if matches else None
 
     def storages_of(self, saved: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """Owners of the storages behind saved nodes, with their bytes; parameters and inputs excluded."""

@@ -216,6 +216,13 @@ def hint(value: int | torch.SymInt | sympy.Expr, fallback: int = 4096) -> int:
     return int(value) if value.is_number else fallback
 
 
+def number(value: Any, fallback: float = 1.0) -> float:
+    """A symbolic number at the example's sizes, fractions included; ``fallback`` for unbacked symbols."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return float(value.node.hint) if value.node.has_hint() else fallback
+    return float(value)
+
+
 def to_sympy(value: int | torch.SymInt) -> sympy.Expr:
     """The sympy expression behind a size."""
     return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
@@ -345,6 +352,13 @@ def _own_value(node: fx.Node) -> Any:
 
 def _fresh(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def forget_compiled(function: Callable[..., object]) -> None:
+    """Drop what Dynamo has compiled of this function."""
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    remove_from_cache(function)
 
 
 def user_facing(error: Exception) -> Exception:

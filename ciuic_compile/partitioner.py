@@ -71,7 +71,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         def partition(
             joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
-            return _partition(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
+            return partition_joint(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
@@ -148,7 +148,7 @@ class Candidate:
     infeasible: InfeasibleBudgetError | None = None
 
 
-def _partition(
+def partition_joint(
     joint: fx.GraphModule,
     joint_inputs: Sequence[object],
     config: CompileConfig,

@@ -23,7 +23,7 @@ from ..rows import LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan, Price
 from .assign import Option, assign
-from .error_model import BOUND_FACTOR, ErrorModel
+from .error_model import ErrorModel, relative_mse
 from .fit import Fit, Judge, fit
 from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
@@ -126,8 +126,8 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         return replace(selection, codecs=codecs)
     everything = storable(model)
     coefficients = {
-        **ErrorModel(model.captured, model.classes, everything).coefficients(),
-        **ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients(),
+        **_errors(model, everything).coefficients(),
+        **_errors(model, selection.saved).coefficients(),
     }
     options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
     formulation = formulate(model, options, selection.saved)
@@ -159,7 +159,7 @@ def _described(
     found: Fit,
 ) -> Codecs:
     """What the solver chose, with the error of each storage among these saved ones."""
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     picked: dict[fx.Node, Option] = {}
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
@@ -182,9 +182,13 @@ def _price(found: Fit) -> Price | None:
     return Price(found.price.step_bytes, found.price.more_saves, found.price.less_costs)
 
 
+def _errors(model: MemoryModel, saved: Sequence[fx.Node]) -> ErrorModel:
+    return ErrorModel(model.captured, model.classes, list(saved), model.calibration)
+
+
 def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
     saved = list(model.storages_of(selection.saved))
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     options = [_options(model, node, coefficients.get(node, 0.0), device) for node in saved]
     max_variance = model.config.max_error**2 if model.config.max_error is not None else None
     if not model.config.lossy:
@@ -206,7 +210,7 @@ def _options(model: MemoryModel, node: fx.Node, coefficient: float, device: Devi
             Option(
                 codec.name,
                 int(codec.encoded_bytes(numel, itemsize)),
-                coefficient * codec.relative_mse,
+                coefficient * relative_mse(model.classes, node, codec, model.calibration),
                 time_us,
             )
         )
@@ -228,9 +232,12 @@ def make_plan(
     ours = model.storages_of(selection.saved)
     before = model.baseline_here
     nodes = sorted({*ours, *before}, key=captured.order.__getitem__)
-    mse = {n: _mse(c) for n, c in codecs.chosen.items()}
-    error_model = ErrorModel(captured, model.classes, list(selection.saved))
-    errors = error_model.gradient_errors(mse)
+    used = {n: get_codec(codec) for n, codec in codecs.chosen.items() if codec}
+    mse = {n: relative_mse(model.classes, n, codec, model.calibration) for n, codec in used.items()}
+    most = {n: max(mse[n], codec.relative_mse) for n, codec in used.items()}
+    error_model = _errors(model, selection.saved)
+    share = error_model.coefficients(error_model.weights)
+    errors = {node: sqrt(share[node] * mse[node]) for node in mse}
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     if codecs.rebuilt_us is not None:
@@ -239,15 +246,15 @@ def make_plan(
         name=name,
         mode=model.config.mode,
         decisions=(
-            *(_decision(model, node, ours, codecs, device) for node in nodes),
+            *(_decision(model, node, ours, codecs, device, errors.get(node, 0.0)) for node in nodes),
             *_dissolved(model, device),
         ),
         baseline_saved_bytes=model.baseline_bytes,
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
-        gradient_error=error_model.whole(errors),
-        gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
+        gradient_error=error_model.whole(error_model.gradient_errors(mse)),
+        gradient_error_bound=error_model.bound(most),
         time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
@@ -257,7 +264,7 @@ def make_plan(
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
-        notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
+        notes=(*selection.notes, *codecs.notes, *notes, *_calibrated(model), *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
 
@@ -273,6 +280,17 @@ def _logits_again_us(model: MemoryModel) -> float:
     return total
 
 
+def _calibrated(model: MemoryModel) -> list[str]:
+    """Whether the stated errors rest on the user's calibration."""
+    given = model.config.calibration
+    if given is None or not model.config.lossy:
+        return []
+    if model.calibration is None:
+        return ["the calibration is not of this graph: its errors are guessed from shapes; calibrate again"]
+    where = f"{given.steps} step{'s' if given.steps > 1 else ''} on {given.device} (torch {given.torch})"
+    return [f"errors are those of the calibration: {where}"]
+
+
 def _unmatched(model: MemoryModel) -> list[str]:
     """A typing error in ``allow``/``deny`` must not go unnoticed; another graph may hold what it names."""
     if not (model.config.allow or model.config.deny):
@@ -283,7 +301,12 @@ def _unmatched(model: MemoryModel) -> list[str]:
 
 
 def _decision(
-    model: MemoryModel, node: fx.Node, ours: Mapping[fx.Node, int], codecs: Codecs, device: DeviceProfile
+    model: MemoryModel,
+    node: fx.Node,
+    ours: Mapping[fx.Node, int],
+    codecs: Codecs,
+    device: DeviceProfile,
+    error: float,
 ) -> Decision:
     storage = model.storage(node)
     before = model.baseline_here.get(node, 0)
@@ -305,7 +328,7 @@ def _decision(
         option.codec,
         option.nbytes,
         before,
-        sqrt(option.variance),
+        error,
         option.time_us,
         reason,
     )
@@ -326,10 +349,6 @@ def _dissolved(model: MemoryModel, device: DeviceProfile) -> list[Decision]:
 def get_bits(codec: str) -> int:
     """Payload bits of a codec by name."""
     return get_codec(codec).bits
-
-
-def _mse(codec: str | None) -> float:
-    return get_codec(codec).relative_mse if codec else 0.0
 
 
 def _symbolic_saved(model: MemoryModel, codecs: Codecs) -> str:
