@@ -140,9 +140,9 @@ def planned(shape: TransformerConfig, config: str, replay: bool) -> dict[str, An
     }
     for phase, at in at_peaks(graphs).items():
         total, saved, returned = (b / MIB for b in (at.nbytes, at.share("saved"), at.share("returned")))
-        made = [f"{a.nbytes / MIB:8.1f} {a.node.name} ({a.line})" for a in at.alive if a.what == "made"]
+        largest = [f"{a.nbytes / MIB:8.1f} {a.node.name} ({a.line})" for a in at.alive if a.what == "made"]
         head = f"at {at.kernel[0]}: {total:.0f} MiB, of it saved {saved:.0f}, returned {returned:.0f}"
-        result[f"alive_{phase}"] = [head, *made[:8]]
+        result[f"alive_{phase}"] = [head, *largest[:8]]
     if replay:
         step = replayed(graphs)
         result |= {
