@@ -19,7 +19,7 @@ from ..capture import owner, tensor
 from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
-from ..rows import LOSS_CHUNK
+from ..rows import FEED_FORWARD_CHUNK, LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan
 from .assign import Option, assign
@@ -234,7 +234,7 @@ def make_plan(
         planned_peak_bytes=planned.peak,
         gradient_error=error_model.whole(errors),
         gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
-        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _chunks_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
@@ -247,11 +247,12 @@ def make_plan(
     )
 
 
-def _logits_again_us(model: MemoryModel) -> float:
-    """Time of the matmuls that make a chunked loss's logits a second time, in microseconds."""
+def _chunks_again_us(model: MemoryModel) -> float:
+    """Time of the matmuls that make a chunk's logits or feed-forward a second time, in microseconds."""
     total = 0.0
     for node in model.captured.graph.nodes:
-        if node.meta.get(LOSS_CHUNK) and model.captured.is_backward(node):
+        marked = node.meta.get(LOSS_CHUNK) or node.meta.get(FEED_FORWARD_CHUNK)
+        if marked and model.captured.is_backward(node):
             factor, made = node.args[-2].meta["val"], node.meta["val"]
             flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
             total += flop / model.device.flop_per_us(made.dtype.itemsize)
