@@ -62,9 +62,12 @@ class ChunkWriter:
         bounds = [(r, min(r + size, region.rows)) for r in range(0, region.rows, size)]
         members = [*region.labels, *region.ends]
         phases = [n for n in members if n not in self.late], [n for n in members if n in self.late]
+        # Parts of derivatives that wait for no gradient stand in the backward: not before them, where a matmul
+        # ends the forward's part.
+        leaving = [[n for n in nodes if n in region.ends] or nodes for nodes in phases]
         stops = [
             max({*nodes, *(i for n in nodes for i in n.all_input_nodes)}, key=order.__getitem__).next
-            for nodes in phases
+            for nodes in leaving
         ]
         forward, backward = (
             [n for n in nodes if n in region.labels and not is_wide(region.labels[n])] for nodes in phases
