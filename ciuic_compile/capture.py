@@ -63,8 +63,7 @@ class CapturedGraph:
 
     @cached_property
     def gradients(self) -> frozenset[fx.Node]:
-        """Nodes that a tangent's value reaches. What the backward makes again of forward values, once a gradient
-        is there, only waits for it."""
+        """Nodes that a tangent's value reaches. What is made again of forward values only waits for one."""
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
             if any(i in found for i in operands(node)) or (

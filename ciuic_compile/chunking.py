@@ -100,9 +100,10 @@ def choose_feed_forwards(model: MemoryModel) -> Chunking:
         total += sum(tensor_bytes(n.meta["val"]) for n in region.sources if not captured.is_backward(n))
     if not regions:
         return Chunking(None, tuple(notes.values()))
+    chunks = max(n for _, n in regions)
     done = (
-        f"{len(regions)} feed-forward{'s' if len(regions) > 1 else ''} in {max(n for _, n in regions)} chunks of "
-        f"tokens: {total / 2**20:.1f} MiB of hidden values are never all alive, for their matmuls once more"
+        f"{len(regions)} feed-forward{'s' if len(regions) > 1 else ''} in {chunks} chunks of tokens: "
+        f"{total / 2**20:.1f} MiB of hidden values are never all alive, for their matmuls once more"
     )
     return Chunking(ChunkFeedForward(tuple(regions)), tuple(notes.values()), done)
 
@@ -111,8 +112,8 @@ def rows_worth_a_chunk(region: RowRegion, device: DeviceProfile) -> float:
     """Rows from which on accumulating takes at most :data:`ACCUMULATING` of the time of a chunk's matmuls.
 
     Both grow with the weights (of one size), which cancel out. A chunk's product is written and read in the
-    weight's dtype, the accumulator read and written in float32. Matmuls of the forward that the backward makes
-    again count twice.
+    weight's dtype, the accumulator read and written in float32. Matmuls that the backward makes again count
+    twice.
     """
     kinds = list(region.ends.values())
     if "weight" not in kinds:
@@ -125,7 +126,7 @@ def rows_worth_a_chunk(region: RowRegion, device: DeviceProfile) -> float:
 
 
 def why_whole(whole: Peaks, chunked: Peaks, feed_forwards: bool = False) -> str:
-    """Why ``"auto"`` leaves a loss (or feed-forwards) whole, given both plans' peaks; empty where it does not."""
+    """Why ``"auto"`` leaves a loss (or feed-forwards) whole, given both plans' peaks; else empty."""
     gain, price = (
         (FEED_FORWARD_GAIN, "their matmuls once more") if feed_forwards else (LEAST_GAIN, "one more matmul")
     )

@@ -1,4 +1,4 @@
-"""Which feed-forwards of a joint graph work token by token: matmuls, elementwise operations, a matmul, and back."""
+"""Which feed-forwards work token by token: matmuls, elementwise operations, a matmul, and the way back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx
 from . import compat
 from .capture import CapturedGraph
 from .compat import packet
-from .rows import FEED_FORWARD_CHUNK, Declined, Label, RowFinder, RowRegion, is_elementwise, shape_of, aten
+from .rows import FEED_FORWARD_CHUNK, Declined, Label, RowFinder, RowRegion, aten, is_elementwise, shape_of
 
 _MATMULS = (aten.mm, aten.addmm)
 

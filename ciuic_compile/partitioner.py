@@ -122,12 +122,8 @@ class CiuicPartitioner(CustomPartitionerFn):
             # the logits that the backward makes again must be those of the forward
             notes |= {k: f"{k} not chunked: hidden states cannot be saved as they are" for k in more}
             return current
-        if (
-            config.chunk_loss is True
-            and "loss" in more
-            or config.chunk_ffn is True
-            and "feed-forwards" in more
-        ):
+        asked = {"loss": config.chunk_loss, "feed-forwards": config.chunk_ffn}
+        if any(asked[kind] is True for kind in more):
             return other
         if current.infeasible is not None:
             return other
@@ -143,8 +139,8 @@ class CiuicPartitioner(CustomPartitionerFn):
 
 
 def _is_better(current: Draft, other: Draft, model: MemoryModel) -> bool:
-    """Whether the other plan is wanted whatever its peak: it gets closer to a ratio that this one misses, or a
-    budget would cost the gradients more in this one."""
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or
+    the budget would cost the gradients more in this one."""
     if current.codecs.tightened and other.codecs.variance < current.codecs.variance:
         return True
     saved, less = (sum(o.nbytes for o in draft.codecs.options.values()) for draft in (current, other))
@@ -154,7 +150,7 @@ def _is_better(current: Draft, other: Draft, model: MemoryModel) -> bool:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute the loss and the feed-forwards: the graphs partitioned for it, and what their plan needs.
+    """One way to compute loss and feed-forwards: the graphs partitioned for it, and what their plan needs.
 
     Attributes:
         chunking: which loss could be chunked next, and which could not.

@@ -29,7 +29,7 @@ COPIES = {aten.clone, prims.convert_element_type}
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.argmax}  # over the classes, dimensions as second argument
 _PERMUTATIONS = {aten.permute, aten.transpose, aten.t}
 _CONSTANTS = {aten.full}
-#: Marks (``node.meta``) of the matmuls that make a chunk's wide values, in the forward and again in the backward.
+#: Marks (``node.meta``) of the matmuls that make a chunk's values, in the forward and again in the backward.
 LOSS_CHUNK = "ciuic_loss_chunk"
 FEED_FORWARD_CHUNK = "ciuic_feed_forward_chunk"
 
@@ -43,11 +43,11 @@ class RowRegion:
     """What is computed chunk by chunk.
 
     Attributes:
-        sources: the matmuls that make [tokens, classes]: the logits; or what a feed-forward's activation reads,
-            and its gradient.
+        sources: the matmuls that make [tokens, classes]: the logits; or what a feed-forward's activation
+            reads, and its gradient.
         labels: the region's nodes and what their dimensions mean, in graph order; narrow ones have no "v".
         ends: nodes that leave the region: "rows" (matmul over the classes: gradient of the hidden states),
-            "weight" (matmul over the rows: gradient of a weight) and "total" (a sum over rows, that of the bias).
+            "weight" (matmul over the rows: gradient of a weight), "total" (sum over rows: that of a bias).
         shift: the slice that drops some rows, as ``logits[:, :-1]`` does; rows are counted after it.
         rows: how many rows there are.
         made_again: how many of the sources are values of the forward, which the backward makes again.

@@ -1,4 +1,4 @@
-"""Writes a row-wise region of a joint graph chunk by chunk: the hands of ``ChunkLoss`` and ``ChunkFeedForward``."""
+"""Writes row-wise regions of a joint graph chunk by chunk: the hands of the passes ``Chunk...``."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class ChunkWriter:
         bounds = [(r, min(r + size, region.rows)) for r in range(0, region.rows, size)]
         members = [*region.labels, *region.ends]
         phases = [n for n in members if n not in self.late], [n for n in members if n in self.late]
-        # Parts of derivatives that wait for no gradient stand in the backward: not before them, where a matmul
-        # ends the forward's part.
+        # Behind the matmuls that leave the region, if any: parts of derivatives that wait for no gradient
+        # stand among the backward's nodes, and would take the forward's chunks there.
         leaving = [[n for n in nodes if n in region.ends] or nodes for nodes in phases]
         stops = [
             max({*nodes, *(i for n in nodes for i in n.all_input_nodes)}, key=order.__getitem__).next
