@@ -27,8 +27,6 @@ ACCUMULATING = 0.1
 #: Share of the peak that "auto" must gain. One matmul more is a quarter to a third of the head's time, which
 #: is 5 to 10 % of the step of a model whose logits are large enough: less memory than time is no bargain.
 LEAST_GAIN = 0.1
-#: The same for feed-forwards: SwiGLU's two matmuls once more are two of eleven, some 15 % of a Llama's step.
-FEED_FORWARD_GAIN = 0.2
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ def choose_chunks(model: MemoryModel) -> Chunking:
 def choose_feed_forwards(model: MemoryModel) -> Chunking:
     """Choose all feed-forwards of the graph that can be computed in chunks.
 
-    Whether ``"auto"`` wants that is decided on the two plans: :func:`why_whole`.
+    ``"auto"`` wants that only where ratio or budget need it: SwiGLU's two matmuls once more are two of
+    eleven, some 15 % of a Llama's step, too much for a lower peak that nobody asked for.
     """
     captured, taken = model.captured, set[fx.Node]()
     regions: list[tuple[RowRegion, int]] = []
@@ -125,16 +124,13 @@ def rows_worth_a_chunk(region: RowRegion, device: DeviceProfile) -> float:
     return (moved / device.bytes_per_us) * device.flop_per_us(itemsize) / (ACCUMULATING * flop)
 
 
-def why_whole(whole: Peaks, chunked: Peaks, feed_forwards: bool = False) -> str:
-    """Why ``"auto"`` leaves a loss (or feed-forwards) whole, given both plans' peaks; else empty."""
-    gain, price = (
-        (FEED_FORWARD_GAIN, "their matmuls once more") if feed_forwards else (LEAST_GAIN, "one more matmul")
-    )
-    if chunked.peak <= (1 - gain) * whole.peak:
+def why_whole(whole: Peaks, chunked: Peaks) -> str:
+    """Why ``"auto"`` leaves a loss whole, given the peaks of both plans; empty where it does not."""
+    if chunked.peak <= (1 - LEAST_GAIN) * whole.peak:
         return ""
     return (
         f"the simulated peak would be {chunked.peak / 2**20:.1f} instead of {whole.peak / 2**20:.1f} MiB, "
-        f"not {gain:.0%} less, for {price}"
+        f"not {LEAST_GAIN:.0%} less, for one more matmul"
     )
 
 

@@ -86,7 +86,12 @@ class CiuicPartitioner(CustomPartitionerFn):
         if len(tried) > 1:
             chosen = self._choose(whole, losses, notes)
         for base in [whole, losses] if chosen is whole and len(tried) > 1 else [chosen]:
-            if base.feed_forward is not None:
+            if whole.feed_forwards.chunk is None:
+                break
+            if self._config.chunk_ffn is not True and not chosen.misses:
+                why = "ratio and budget are met without their matmuls once more"
+                notes.setdefault("feed-forwards", f"{STAYS_WHOLE['feed-forwards']}: {why}")
+            elif base.feed_forward is not None:
                 _, candidate = partition(base.feed_forward, whole)
                 assert candidate is not None, "the gradients of feed-forwards in chunks are gone"
                 candidate = replace(candidate, done={**base.done, "feed-forwards": base.feed_forwards.done})
@@ -126,11 +131,16 @@ class CiuicPartitioner(CustomPartitionerFn):
         if any(asked[kind] is True for kind in more):
             return other
         if current.infeasible is not None:
-            return other
+            worse = other.infeasible is not None
+            worse = worse and other.infeasible.smallest_bytes > current.infeasible.smallest_bytes
+            return current if worse else other
         if other.infeasible is not None:
             why = "the budget leaves no room for it"
         elif not _is_better(current.draft, other.draft, current.model):
-            why = why_whole(current.draft.planned, other.draft.planned, "feed-forwards" in more)
+            if "feed-forwards" in more:
+                why = "that brings ratio and budget no closer"
+            else:
+                why = why_whole(current.draft.planned, other.draft.planned)
         if not why:
             return other
         if len(more) == 1:
@@ -143,9 +153,12 @@ def _is_better(current: Draft, other: Draft, model: MemoryModel) -> bool:
     the budget would cost the gradients more in this one."""
     if current.codecs.tightened and other.codecs.variance < current.codecs.variance:
         return True
-    saved, less = (sum(o.nbytes for o in draft.codecs.options.values()) for draft in (current, other))
+    return _misses_ratio(current, model) and other.codecs.nbytes < current.codecs.nbytes
+
+
+def _misses_ratio(draft: Draft, model: MemoryModel) -> bool:
     ratio = model.config.ratio
-    return ratio is not None and saved * ratio > model.baseline_bytes and less < saved
+    return ratio is not None and draft.codecs.nbytes > int(model.baseline_bytes / ratio)
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,6 @@ class Candidate:
         chunking: which loss could be chunked next, and which could not.
         chunked: the joint graph with that in chunks; None where there is nothing (more) to chunk.
         feed_forwards: which feed-forwards could be chunked, and which could not.
-        feed_forward: the joint graph with all of them in chunks, or None.
         baseline: peaks of Inductor's own partition of the user's graph.
         correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
         done: what is in chunks, and the report's sentence on it.
@@ -169,10 +181,25 @@ class Candidate:
     chunking: Chunking
     chunked: fx.GraphModule | None
     feed_forwards: Chunking
-    feed_forward: fx.GraphModule | None
     correction: int = 0
     infeasible: InfeasibleBudgetError | None = None
     done: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def feed_forward(self) -> fx.GraphModule | None:
+        """The joint graph with all feed-forwards in chunks, or None."""
+        captured, chunk = self.model.captured, self.feed_forwards.chunk
+        joint = captured.graph.owning_module
+        if chunk is None or joint is None:
+            return None
+        return fx.GraphModule(joint, chunk.run(captured))
+
+    @property
+    def misses(self) -> bool:
+        """Whether its plan misses the ratio or the budget, or meets that only at a greater error."""
+        if self.infeasible is not None:
+            return True
+        return self.draft.codecs.tightened or _misses_ratio(self.draft, self.model)
 
     @cached_property
     def draft(self) -> Draft:
@@ -206,12 +233,9 @@ def _partition(
             peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
         else:
             peaks = whole.baseline
-
-        def in_chunks(chunking: Chunking) -> fx.GraphModule | None:
-            chunk = chunking.chunk
-            return fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None
-
-        chunking, feed_forwards = choose_chunks(model), choose_feed_forwards(model)
+        chunking = choose_chunks(model)
+        chunk = chunking.chunk
+        chunked = fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None
         selection, infeasible = select(model), None
         if config.budget is not None:
 
@@ -228,9 +252,8 @@ def _partition(
             selection=selection,
             baseline=peaks,
             chunking=chunking,
-            chunked=in_chunks(chunking),
-            feed_forwards=feed_forwards,
-            feed_forward=in_chunks(feed_forwards),
+            chunked=chunked,
+            feed_forwards=choose_feed_forwards(model),
             correction=correction,
             infeasible=infeasible,
         )

@@ -190,16 +190,17 @@ def no_size_is_small() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_size_is_small")
-def test_feed_forwards_in_chunks_need_a_fifth_or_a_ratio_out_of_reach() -> None:
-    options = {"chunk_loss": False, "chunk_ffn": "auto", "tokens": 1024}
-    assert feed_forwards_chunked(staged(4, **options))  # their values are most of what is saved
-    with mock.patch.object(chunking, "FEED_FORWARD_GAIN", 2.0):
-        found = staged(4, **options)
+def test_feed_forwards_are_chunked_where_a_ratio_or_a_budget_is_missed_without() -> None:
+    options: dict[str, Any] = {"chunk_loss": False, "chunk_ffn": "auto", "tokens": 1024}
+    for mode in ("lossless", "1.1:1"):
+        found = staged(4, **options, mode=mode)
         assert not feed_forwards_chunked(found)
-        assert "feed-forwards are not chunked, though they could be" in " ".join(found.selection.notes)
-        within = staged(4, **options, mode="1.1:1")
-        assert not feed_forwards_chunked(within)
-        assert feed_forwards_chunked(staged(4, **options, mode="40:1"))
+        assert "feed-forwards are not chunked, though they could be: ratio" in " ".join(found.selection.notes)
+    assert feed_forwards_chunked(staged(4, **options, mode="40:1"))
+    whole = draft(staged(4, **{**options, "chunk_ffn": False})).planned.peak
+    chunks = draft(staged(4, **{**options, "chunk_ffn": True})).planned.peak
+    assert chunks < 0.8 * whole
+    assert not feed_forwards_chunked(staged(4, **options, budget=whole))
     assert feed_forwards_chunked(staged(4, **{**options, "chunk_ffn": True, "tokens": 16}))
 
 

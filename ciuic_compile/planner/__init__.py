@@ -61,6 +61,11 @@ class Codecs:
         return {node.name: codec for node, codec in self.chosen.items() if codec}
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all saved tensors, as stored."""
+        return sum(option.nbytes for option in self.options.values())
+
+    @property
     def variance(self) -> float:
         """Relative variance of the gradients that the codecs add, as the optimiser counts it."""
         return sum(option.variance for option in self.options.values())
