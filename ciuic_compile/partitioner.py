@@ -130,10 +130,9 @@ class CiuicPartitioner(CustomPartitionerFn):
         asked = {"loss": config.chunk_loss, "feed-forwards": config.chunk_ffn}
         if any(asked[kind] is True for kind in more):
             return other
-        if current.infeasible is not None:
-            worse = other.infeasible is not None
-            worse = worse and other.infeasible.smallest_bytes > current.infeasible.smallest_bytes
-            return current if worse else other
+        if (missed := current.infeasible) is not None:
+            too = other.infeasible
+            return current if too is not None and too.smallest_bytes > missed.smallest_bytes else other
         if other.infeasible is not None:
             why = "the budget leaves no room for it"
         elif not _is_better(current.draft, other.draft, current.model):
