@@ -125,7 +125,8 @@ class CiuicPartitioner(CustomPartitionerFn):
         why = ""
         if not follows_rules(other.model.captured, other.model.classes, other.selection.saved, config.lossy):
             # the logits that the backward makes again must be those of the forward
-            notes |= {k: f"{k} not chunked: hidden states cannot be saved as they are" for k in more}
+            why = "the hidden states cannot be saved as they are"
+            notes |= {kind: f"{STAYS_WHOLE[kind]}: {why}" for kind in more}
             return current
         asked = {"loss": config.chunk_loss, "feed-forwards": config.chunk_ffn}
         if any(asked[kind] is True for kind in more):
