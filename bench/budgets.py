@@ -3,9 +3,10 @@
     python -m bench.budgets --layers 4 --points 15 --warm 14 --plot docs/budgets-llama.png
     python -m bench.budgets --model gpt --points 15 --warm 14
 
-A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own fractions
-(0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have. Every configuration is
-compiled first (``--warm``: by several processes into one cache), then all take turns step by step in one process.
+A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own
+fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have. Every
+configuration is compiled first (``--warm``: by several processes into one cache), then all take turns step by
+step in one process.
 Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
 """
 
@@ -76,7 +77,8 @@ def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None
 
         def loss(*batch: torch.Tensor) -> torch.Tensor:
             with common.autocast(precision, device):
-                return run(*batch)
+                value: torch.Tensor = run(*batch)
+                return value
 
         step = step_of(model, loss, inputs, targets)
         try:
@@ -160,19 +162,18 @@ def against(rows: list[dict[str, Any]]) -> list[str]:
     for r in theirs:
         best = min((o for o in ours if o["peak"] <= r["peak"]), key=lambda o: o["ratio"], default=None)
         wins += best is not None and best["ratio"] < r["ratio"]
-        found = (
-            "none" if best is None else f"{best['config']}: x {best['ratio']:.3f}, {common.mib(best['peak'])}"
-        )
-        lines.append(f"{r['config']}: x {r['ratio']:.3f}, {common.mib(r['peak'])} MiB -> {found}")
+        lines.append(f"{_point(r)} -> {'none' if best is None else _point(best)}")
     lines.append(f"ours faster at no higher peak: {wins} of {len(theirs)}")
     for mode in dict.fromkeys(o["config"].split()[0] for o in ours):
-        peaks = [o["peak"] for o in ours if o["config"].split()[0] == mode]
-        over = max((o["peak"] / o["budget"] - 1 for o in ours if o["budget"]), default=0.0)
-        monotone = all(a >= b for a, b in itertools.pairwise(peaks))
-        lines.append(
-            f"{mode}: peak {'' if monotone else 'NOT '}monotone in the budget; at most {over:+.2%} over it"
-        )
+        rows = [o for o in ours if o["config"].split()[0] == mode]
+        falls = all(a["peak"] >= b["peak"] for a, b in itertools.pairwise(rows))
+        over = max(o["peak"] / o["budget"] - 1 for o in rows)
+        lines.append(f"{mode}: the peak falls with the budget: {falls}; at most {over:+.2%} over it")
     return lines
+
+
+def _point(row: dict[str, Any]) -> str:
+    return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
 
 
 def warm(arguments: list[str], processes: int) -> None:

@@ -65,6 +65,7 @@ class CompileConfig:
         group_size: elements that share one scale in the group codecs.
         chunk_loss: whether logits and loss are computed some tokens at a time; ``"auto"``: where it pays.
         loss_chunk_bytes: float32 logits that one chunk may have, in bytes; None: as the device suggests.
+        chunk_ffn: whether feed-forwards are computed some tokens at a time; ``"auto"``: where it pays.
         inductor_mode: the Inductor mode in force, ``"default"`` when none was given.
         inductor_explicit: Inductor options the user wrote, by their full names.
     """
@@ -81,6 +82,7 @@ class CompileConfig:
     group_size: int = 64
     chunk_loss: bool | str = "auto"
     loss_chunk_bytes: int | None = None
+    chunk_ffn: bool | str = "auto"
     inductor_mode: str = "default"
     inductor_explicit: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -324,7 +326,7 @@ def _parse_group_size(name: str, value: Any) -> int:
     raise _wrong(name, value, _join(GROUP_SIZES), "64 is the default; smaller is more exact and less compact")
 
 
-def _parse_chunk_loss(name: str, value: Any) -> bool | str:
+def _parse_chunk(name: str, value: Any) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
         return value
     valid = "'auto', True or False"
@@ -396,8 +398,9 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "deny": _parse_patterns,
     "min_bytes": parse_size,
     "group_size": _parse_group_size,
-    "chunk_loss": _parse_chunk_loss,
+    "chunk_loss": _parse_chunk,
     "loss_chunk_bytes": _parse_loss_chunk_bytes,
+    "chunk_ffn": _parse_chunk,
     "inductor_mode": _parse_inductor_mode,
 }
 

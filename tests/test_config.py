@@ -45,7 +45,7 @@ def test_defaults(nothing: Any) -> None:
     assert config == CompileConfig()
     assert (config.mode, config.ratio, config.lossy) == ("4:1", 4.0, True)
     assert (config.report, config.min_bytes, config.group_size, config.budget) == ("short", 16384, 64, None)
-    assert (config.chunk_loss, config.loss_chunk_bytes) == ("auto", None)
+    assert (config.chunk_loss, config.loss_chunk_bytes, config.chunk_ffn) == ("auto", None, "auto")
     assert config.inductor_options == {}
     assert hash(config) == hash(CompileConfig())
     assert pickle.loads(pickle.dumps(config)) == config
@@ -187,11 +187,13 @@ def test_patterns() -> None:
 @pytest.mark.parametrize("value", ["auto", True, False])
 def test_chunk_loss(value: Any) -> None:
     assert parse_options({"chunk_loss": value}).chunk_loss is value
+    assert parse_options({"chunk_ffn": value}).chunk_ffn is value
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes", "Auto", 8, "true"])
 def test_wrong_chunk_loss(value: Any) -> None:
     assert "'auto', True or False" in refused({"chunk_loss": value})
+    assert "'auto', True or False" in refused({"chunk_ffn": value})
 
 
 def test_loss_chunk_bytes() -> None:
@@ -331,7 +333,7 @@ def test_fingerprint_tells_plans_apart_and_ignores_the_report(tmp_path: Path) ->
 
     different = [
         of(), of(mode="5:1"), of(mode="off"), of(budget=1), of(budget=2), of(max_error=0.1), of(allow="a"),
-        of(deny="a"), of(min_bytes=0), of(group_size=32), of(chunk_loss=True),
+        of(deny="a"), of(min_bytes=0), of(group_size=32), of(chunk_loss=True), of(chunk_ffn=True),
         of(loss_chunk_bytes=1), of(inductor_mode="max-autotune"),
         of(max_autotune=True), of(post_grad_custom_pre_pass=len), of(post_grad_custom_pre_pass=max),
     ]  # fmt: skip

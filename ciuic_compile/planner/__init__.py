@@ -19,7 +19,7 @@ from ..capture import owner, tensor
 from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
-from ..rows import LOSS_CHUNK
+from ..rows import FEED_FORWARD_CHUNK, LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan, Price
 from .assign import Option, assign
@@ -60,6 +60,11 @@ class Codecs:
     def by_name(self) -> dict[str, str]:
         """Node name -> codec, compressed ones only."""
         return {node.name: codec for node, codec in self.chosen.items() if codec}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all saved tensors, as stored."""
+        return sum(option.nbytes for option in self.options.values())
 
     @property
     def variance(self) -> float:
@@ -255,7 +260,7 @@ def make_plan(
         planned_peak_bytes=planned.peak,
         gradient_error=error_model.whole(error_model.gradient_errors(mse)),
         gradient_error_bound=error_model.bound(most),
-        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _chunks_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
@@ -269,11 +274,12 @@ def make_plan(
     )
 
 
-def _logits_again_us(model: MemoryModel) -> float:
-    """Time of the matmuls that make a chunked loss's logits a second time, in microseconds."""
+def _chunks_again_us(model: MemoryModel) -> float:
+    """Time of the matmuls that make a chunk's logits or feed-forward a second time, in microseconds."""
     total = 0.0
     for node in model.captured.graph.nodes:
-        if node.meta.get(LOSS_CHUNK) and model.captured.is_backward(node):
+        marked = node.meta.get(LOSS_CHUNK) or node.meta.get(FEED_FORWARD_CHUNK)
+        if marked and model.captured.is_backward(node):
             factor, made = node.args[-2].meta["val"], node.meta["val"]
             flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
             total += flop / model.device.flop_per_us(made.dtype.itemsize)

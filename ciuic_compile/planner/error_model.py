@@ -21,7 +21,7 @@ from torch import fx
 
 from .. import compat
 from ..calibration import GraphCalibration
-from ..capture import CapturedGraph, numel
+from ..capture import CapturedGraph, numel, operands
 from ..classify import Classifier, packet
 from ..codecs import Codec
 from ..types import TensorClass
@@ -161,7 +161,7 @@ class ErrorModel:
         stack = list(self._captured.bwd_outputs)
         while stack:
             node = stack.pop()
-            if node in needed or node.op == "placeholder" or not self._captured.is_backward(node):
+            if node in needed or node.op == "placeholder" or node not in self._captured.gradients:
                 continue
             needed.add(node)
             stack.extend(node.all_input_nodes)
@@ -181,7 +181,7 @@ class ErrorModel:
 
     def _operands(self, node: fx.Node) -> dict[fx.Node, float]:
         """The operands of a backward node whose errors it inherits, and how far."""
-        inputs = node.all_input_nodes
+        inputs = operands(node)
         if compat.is_getitem(node):
             return _of_output(inputs[0], node.args[1])
         if packet(node) in TERMS and node not in self._accumulated:
@@ -191,7 +191,7 @@ class ErrorModel:
                 shares[inputs[0]] = min(1.0, shares[inputs[0]])
             return shares
         if packet(node) in _SUMS - TERMS:
-            inputs = [i for i in inputs if self._captured.is_backward(i)]
+            inputs = [i for i in inputs if i in self._captured.gradients]
             return dict.fromkeys(inputs, 1.0 / max(1, len(inputs)))
         return dict.fromkeys(inputs, 1.0)
 
@@ -209,23 +209,23 @@ class ErrorModel:
 
     def _roots_of(self, node: fx.Node) -> Mapping[fx.Node, float]:
         """A backward node stands for itself, a forward one for the saved values it is rebuilt from."""
-        if self._captured.is_backward(node):
+        if node in self._captured.gradients:
             return {node: 1.0}
         roots = self._roots[node]
-        if node in self._linear or node in self._classes.used_forward:
-            return roots
+        if node in self._linear or node in self._classes.used_forward or self._captured.is_backward(node):
+            return roots  # of a forward value made again it is not known whether it is part of a derivative
         return {root: share * DERIVATIVE for root, share in roots.items()}
 
     @cached_property
     def _rebuilt(self) -> list[fx.Node]:
         """Forward values that the backward reads or rebuilds on the way to them, in topological order."""
         found: set[fx.Node] = set()
-        stack = [i for n in self._sweep for i in n.all_input_nodes if not self._captured.is_backward(i)]
+        stack = [i for n in self._sweep for i in n.all_input_nodes if i not in self._captured.gradients]
         while stack:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                stack.extend([] if node in self._saved else node.all_input_nodes)
+                stack.extend([] if node in self._saved else operands(node))
         return sorted(found, key=self._captured.order.__getitem__)
 
     @cached_property
@@ -260,7 +260,7 @@ class ErrorModel:
         """Inputs that may carry an error: none of a value that is itself exact."""
         if node in self._classes.exact:
             return []
-        return [i for i in node.all_input_nodes if self._is_inexact(i)]
+        return [i for i in operands(node) if self._is_inexact(i)]
 
     def _is_inexact(self, node: fx.Node) -> bool:
         return node not in self._classes.exact and self._classes.kind(node) not in _EXACT
