@@ -109,8 +109,8 @@ def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None
         steps[name] = step
 
     measured("inductor", "inductor")
-    fractions = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
-    for fraction in fractions:
+    evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
+    for fraction in spec["fractions"] or evenly:
         with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
             measured(f"torch {fraction:.2f}", "inductor")
         for mode in spec["modes"]:
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--small", action="store_true", help="a toy shape, to try the script on a CPU")
     parser.add_argument("--points", type=int, default=15, help="budgets of each kind, evenly below 1")
+    parser.add_argument("--fractions", type=float, nargs="+", help="these budgets instead")
     parser.add_argument("--modes", nargs="+", default=["lossless", "1:1"], help="ours, each with a budget")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
@@ -218,6 +219,7 @@ def main() -> None:
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
     spec |= {"points": args.points, "modes": args.modes, "model": args.model}
+    spec |= {"fractions": args.fractions}
     end = time.monotonic() + args.limit
     if args.share:
         sweep(spec, end, tuple(args.share))

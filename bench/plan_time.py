@@ -2,15 +2,27 @@
 
 ``PYTHONPATH=. python bench/plan_time.py [--layers 12 48 250] [--deadline 10]``. Ten storages a layer, sized
 like a Llama's (hidden 4096, 8,192 tokens, bf16), with made-up but plausible times; the gradients of the
-parameters pile up in ``base``.
+parameters pile up in ``base``. ``--graphs 12 48`` takes real joint graphs instead (GPT-2's form, d 64) and times
+all that happens to them until they are rewritten, beside torch's own partitioner.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
+import torch
+import torch._inductor.config as inductor_config
+from torch._inductor import compile_fx
+
+from bench.language import GPT, TransformerConfig
+from bench.models import WithLoss
+from ciuic_compile.errors import InfeasibleBudgetError
+from ciuic_compile.partitioner import CiuicPartitioner
 from ciuic_compile.planner.program import (
     ABSENT,
     Candidate,
@@ -21,6 +33,7 @@ from ciuic_compile.planner.program import (
     evaluate,
 )
 from ciuic_compile.planner.solve import Infeasible, Solution, solve
+from ciuic_compile.types import Plan
 
 MIB = 2**20
 
@@ -103,6 +116,63 @@ def _gib(found: Infeasible) -> str:
     return f"{found.bound / 2**30:.2f} to {smallest} GiB"
 
 
+class _Done(Exception):
+    """Raised once the graphs are partitioned: nothing is lowered."""
+
+
+def partitioned(layers: int, options: dict[str, Any] | None) -> tuple[float, Plan | None, str]:
+    """CPU seconds of partitioning (None: torch's own), the plan, and why there is none."""
+
+    torch.manual_seed(0)
+    model = WithLoss(GPT(TransformerConfig(layers, 64, 4, 4, 256, 256, 512, 8)))
+    ids = torch.zeros(8, 512, dtype=torch.int64)
+    seconds, plans, why = [], list[Plan | None](), ""
+    ours = options is not None
+    place, name = (
+        (CiuicPartitioner, "__call__") if ours else (compile_fx, "min_cut_rematerialization_partition")
+    )
+    real = getattr(place, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            real(*args, **kwargs)
+        finally:
+            seconds.append(time.process_time() - start)
+        plans.append(args[0].plan if ours else None)
+        raise _Done
+
+    run = torch.compile(model, backend="ciuic" if ours else "inductor", options=options)
+    with mock.patch.object(place, name, timed), inductor_config.patch(force_disable_caches=True):
+        torch._dynamo.reset()
+        try:
+            run(ids, ids)
+        except InfeasibleBudgetError as error:
+            why = str(error).splitlines()[0]
+        except torch._dynamo.exc.BackendCompilerFailed:
+            pass
+    return seconds[-1], plans[-1] if plans else None, why
+
+
+def graphs(layers: Sequence[int]) -> None:
+    """Print what planning real joint graphs takes."""
+    print("| layers | plan | CPU seconds | peak MiB | gap |")
+    print("|---|---|---|---|---|")
+    for count in layers:
+        print(f"| {count} | torch's own | {partitioned(count, None)[0]:.1f} | | |", flush=True)
+        free = 0
+        for mode, share in (("lossless", None), ("lossless", 0.5), ("4:1", None), ("4:1", 0.75)):
+            budget: dict[str, int] = {} if share is None else {"budget": int(share * free)}
+            seconds, plan, why = partitioned(count, {"mode": mode, "report": "off", **budget})
+            if plan is None:
+                print(f"| {count} | {mode} {share} | {seconds:.1f} | {why} | |", flush=True)
+                continue
+            free = plan.planned_peak_bytes
+            what = mode if share is None else f"{mode}, {share} of that peak"
+            gap = f"{plan.gap:.2%}" if plan.tightened else ""
+            print(f"| {count} | {what} | {seconds:.1f} | {free / MIB:.0f} | {gap} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -112,7 +182,11 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.3, 0.6, 0.9])
     parser.add_argument("--grads", type=float, nargs="+", default=[0.0, 0.25, 0.8])
     parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--graphs", type=int, nargs="+", help="real graphs of so many layers instead")
     options = parser.parse_args()
+    if options.graphs:
+        graphs(options.graphs)
+        return
     print("| layers | candidates | grads | budget share | seconds | rounds | gap | cost ms |")
     print("|---|---|---|---|---|---|---|---|")
     for layers in options.layers:
