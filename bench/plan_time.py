@@ -2,7 +2,7 @@
 
 ``PYTHONPATH=. python bench/plan_time.py [--layers 12 48 250] [--deadline 10]``. Ten storages a layer, sized
 like a Llama's (hidden 4096, 8,192 tokens, bf16), with made-up but plausible times; the gradients of the
-parameters pile up in ``base``. ``--graphs 12 48`` takes real joint graphs instead (GPT-2's form, d 64) and times
+parameters pile up in ``base``. ``--graphs 12 48`` takes real joint graphs (GPT-2's form, d 64) and times
 all that happens to them until they are rewritten, beside torch's own partitioner.
 """
 

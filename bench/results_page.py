@@ -21,6 +21,7 @@ SOURCES = {
     "saved_gpu": "saved-h200",
     "saved_cpu": "saved-cpu",
     "step": "step_time-h200",
+    "shapes": "llama_shapes-h200",
     "convergence": "convergence-h200",
 }
 
