@@ -21,7 +21,7 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
 from .replay import FREE, Event, Trace
-from .workspace import Operand, workspace_bytes
+from .workspace import Operand, blas_libraries, workspace_bytes
 
 _SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
@@ -121,6 +121,8 @@ class _Reader:
                 self._release(line.node.get_name())
             case "ExternKernelAllocLine":
                 self._external(line.node)
+            case "ExternKernelOutLine":
+                self._lasting(line.node)
             case "MultiOutputLine":
                 if line.result_name in self._holders:
                     self._hold(line.result_name, line.result_name)
@@ -140,9 +142,18 @@ class _Reader:
             self._alias(name, node.get_inputs_that_alias_output()[0])
         elif isinstance(layout, ir.Layout) and not isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
             self._allocate(name, node)
+        self._lasting(node)
         extra = _workspace(node)
         if extra:
             self._events.append(Event(f"temporaries of {name}", extra, transient=True))
+
+    def _lasting(self, node: Any) -> None:
+        """Libraries that keep what they take at a thread's first call."""
+        devices = [i.get_device() for i in _tensors(node)]
+        if devices and devices[0].type == "cuda":
+            kernel = str(node.python_kernel_name).removesuffix(".default").rpartition(".")[2]
+            operands = map(_operand, _tensors(node))
+            self._events += [Event(name, 0, lasting=True) for name in blas_libraries(kernel, operands)]
 
     def _allocate(self, storage: str, node: Any, holder: str | None = None) -> None:
         if storage in self._holders:

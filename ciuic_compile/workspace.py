@@ -1,15 +1,15 @@
 """Temporaries that external CUDA kernels allocate for themselves, in bytes, from the tensors they get.
 
-Formulas after torch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp, EmbeddingBackwardKernel.cu); a
-test holds them against bench/results/workspaces-h200.json. Convolutions are cuDNN's: measured on an H200 in
-bfloat16, taken to be the same in float16. Beside the copies that are counted here it takes 0 to 16 MiB for
-partial sums, another choice for every shape: not counted. Nor is anything of float32, 1x1, grouped or
-transposed convolutions, or of those in one or three dimensions.
+Formulas after torch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp, EmbeddingBackwardKernel.cu,
+ConvShared.cpp); a test holds them against bench/results/workspaces-h200.json. What cuDNN copies beside was
+measured on an H200 in bfloat16, and is taken to be the same in float16. It takes 0 to 18 MiB more for partial
+sums, another choice for every shape: not counted. Nor is anything of its own for float32, 1x1, grouped or
+transposed convolutions, or for those in one or three dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +21,7 @@ _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped key
     "cudnn_attention_backward": (1, True),
 }
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
+_MATMULS = ("mm", "addmm", "bias_addmm", "bmm", "baddbmm", "mm_plus_mm", "_int_mm")
 _CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to a multiple
 
 
@@ -31,6 +32,21 @@ class Operand:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in the order of its dimensions, without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
     @property
     def channels_last(self) -> bool:
@@ -69,12 +85,26 @@ def workspace_bytes(
         return _embedding(shapes[0], shapes[1])
     if "aten.convolution_backward." in op and len(operands) == 3:
         gradient, image, weight = operands
-        return _convolution(image, weight, gradient, arguments or {})
+        rearranged = _rearranged(image, weight, gradient)
+        return rearranged + _convolution(image, weight, gradient, arguments or {})
     if "aten.convolution." in op and result is not None:
         image, weight = operands[:2]
-        narrow = image.shape[1] < _CHANNELS and not image.channels_last  # a photograph: read as it is
-        return 0 if narrow else _convolution(image, weight, result, arguments or {})
+        if _read_as_it_is(image, weight, arguments or {}):
+            return 0
+        return _convolution(image, weight, result, arguments or {})
     return 0
+
+
+def blas_libraries(kernel: str, operands: Iterable[Operand]) -> tuple[str, ...]:
+    """The libraries that a matmul of Inductor's calls (``"addmm"`` of ``"extern_kernels.addmm"``), in order.
+
+    Each keeps a workspace for the thread. A bias of one row is added by cuBLASLt, with cuBLAS's handle.
+    """
+    if kernel not in _MATMULS:
+        return ()
+    bias = next(iter(operands))
+    row = kernel in ("addmm", "bias_addmm") and (len(bias.shape) == 1 or bias.strides[0] == 0)
+    return ("cublas", "cublaslt") if row or kernel == "_int_mm" else ("cublas",)
 
 
 def _convolution(image: Operand, weight: Operand, features: Operand, arguments: Mapping[str, object]) -> int:
@@ -87,6 +117,23 @@ def _convolution(image: Operand, weight: Operand, features: Operand, arguments: 
     if not ordinary or weight.itemsize != _HALF or len(weight.shape) != 4 or prod(weight.shape[2:]) == 1:
         return 0
     return _copied(image, (1,)) + _copied(features, (1,)) + _copied(weight, (0, 1))
+
+
+def _rearranged(image: Operand, weight: Operand, gradient: Operand) -> int:
+    """What torch copies before the backward of an image in plain layout, because it is not plain itself.
+
+    In channels-last layout it copies what cuDNN otherwise would: those are counted there.
+    """
+    if image.channels_last or weight.channels_last or len(image.shape) != 4:
+        return 0
+    return sum(o.nbytes for o in (image, gradient) if not o.contiguous)
+
+
+def _read_as_it_is(image: Operand, weight: Operand, arguments: Mapping[str, object]) -> bool:
+    """Whether the forward reads a photograph of a few plain channels where it lies: not if cut in patches."""
+    stride = arguments.get("stride")
+    patches = isinstance(stride, (list, tuple)) and tuple(stride) == weight.shape[2:]
+    return image.shape[1] < _CHANNELS and not image.channels_last and not patches
 
 
 def _copied(tensor: Operand, channel_dims: Sequence[int]) -> int:
