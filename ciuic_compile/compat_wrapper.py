@@ -21,7 +21,7 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
 from .replay import FREE, Event, Trace
-from .workspace import Operand, blas_libraries, workspace_bytes
+from .workspace import Operand, blas_libraries, workspaces
 
 _SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
@@ -143,9 +143,9 @@ class _Reader:
         elif isinstance(layout, ir.Layout) and not isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
             self._allocate(name, node)
         self._lasting(node)
-        extra = _workspace(node)
-        if extra:
-            self._events.append(Event(f"temporaries of {name}", extra, transient=True))
+        inside = {f"temporary {i} of {name}": size for i, size in enumerate(_workspace(node))}
+        self._events += [Event(storage, size) for storage, size in inside.items()]
+        self._events += [Event(storage, FREE) for storage in inside]
 
     def _lasting(self, node: Any) -> None:
         """Libraries that keep what they take at a thread's first call."""
@@ -197,10 +197,10 @@ def _outputs(node: Any) -> Iterator[Any]:
             stack[:0] = value.values()
 
 
-def _workspace(node: Any) -> int:
-    """Bytes of a CUDA call's own temporaries."""
+def _workspace(node: Any) -> tuple[int, ...]:
+    """Bytes of each of a CUDA call's own temporaries."""
     devices = [i.get_device() for i in _tensors(node)]
-    return workspace_bytes(*_call(node)) if devices and devices[0].type == "cuda" else 0
+    return workspaces(*_call(node)) if devices and devices[0].type == "cuda" else ()
 
 
 def _tensors(node: Any) -> list[Any]:
@@ -208,7 +208,7 @@ def _tensors(node: Any) -> list[Any]:
 
 
 def _call(node: Any) -> tuple[str, list[Operand], Operand | None, dict[str, Any]]:
-    """The arguments of ``workspace_bytes``."""
+    """The arguments of ``workspaces``."""
     op = str(getattr(node, "op_overload", "") or "")
     result = _operand(node) if isinstance(node.get_output_spec(), ir.Layout) else None
     return op, [_operand(t) for t in _tensors(node)], result, _arguments(node)

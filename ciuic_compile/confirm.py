@@ -55,7 +55,7 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
         replayed=True,
         gradient_bytes=backward.output_bytes,
         reserved_bytes=peaks.reserved,
-        workspace_bytes=peaks.lasting,
+        blas_bytes=peaks.lasting,
         process_bytes=None if device.context_bytes is None else peaks.reserved + device.context_bytes,
     )
 

@@ -21,14 +21,12 @@ from .allocator import Allocator
 class Event:
     """One storage appears (``nbytes`` > 0), or goes (``nbytes`` == -1).
 
-    ``transient`` bytes are taken and given back at once: an external kernel's own temporaries. ``lasting``
-    are those that a library takes the first time that a thread calls it, and keeps; ``storage`` is its name
-    and the device says how many there are.
+    ``lasting`` bytes are those that a library takes the first time that a thread calls it, and keeps:
+    ``storage`` is its name, and the device says how many they are.
     """
 
     storage: str
     nbytes: int
-    transient: bool = False
     lasting: bool = False
 
 
@@ -160,8 +158,6 @@ def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator, k
 def _play(event: Event, live: dict[str, int], allocator: Allocator, kept: _Kept, thread: str) -> None:
     if event.lasting:
         kept.called(event.storage, thread)
-    elif event.transient:
-        allocator.free(allocator.alloc(event.nbytes))
     elif event.nbytes != FREE:
         live[event.storage] = allocator.alloc(event.nbytes)
     elif event.storage in live:  # inputs of the forward are not counted

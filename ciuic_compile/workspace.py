@@ -39,13 +39,27 @@ class Operand:
         return prod(self.shape) * self.itemsize
 
     @property
-    def contiguous(self) -> bool:
-        """Whether its elements lie in the order of its dimensions, without gaps."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
+    def plain(self) -> Operand:
+        """The same with its elements in the order of its dimensions, without gaps."""
+        strides = tuple(prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return Operand(self.shape, strides, self.itemsize)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it lies so; a dimension of one has no stride that matters."""
+        given = zip(self.shape, self.strides, self.plain.strides, strict=True)
+        return all(size == 1 or stride == expected for size, stride, expected in given)
+
+    @property
+    def suggests_channels_last(self) -> bool:
+        """Whether torch takes it for channels last (``suggest_memory_format``): where in doubt, not."""
+        if len(self.shape) != 4 or self.strides[1] == 0:
+            return False
+        least = 0
+        for dim in (1, 3, 2, 0):
+            if self.strides[dim] < least or (dim == 0 and least == self.strides[1]):
                 return False
-            expected *= size
+            least = self.strides[dim] * max(1, self.shape[dim])
         return True
 
     @property
@@ -61,13 +75,13 @@ class Operand:
         return True
 
 
-def workspace_bytes(
+def workspaces(
     op: str,
     operands: Sequence[Operand],
     result: Operand | None = None,
     arguments: Mapping[str, object] | None = None,
-) -> int:
-    """Bytes that ``op`` allocates beside its results; 0 where nothing is known about it.
+) -> tuple[int, ...]:
+    """Bytes of the blocks that ``op`` allocates beside its results, all at once; of unknown ones, none.
 
     Args:
         op: e.g. ``"aten._scaled_dot_product_flash_attention_backward.default"``.
@@ -75,24 +89,29 @@ def workspace_bytes(
         result: what it returns, where that is one tensor.
         arguments: its other arguments, by their names in the op's schema, as far as they are known.
     """
+    return tuple(n for n in _blocks(op, operands, result, arguments or {}) if n)
+
+
+def _blocks(
+    op: str, operands: Sequence[Operand], result: Operand | None, arguments: Mapping[str, object]
+) -> Sequence[int]:
     shapes = [o.shape for o in operands]
     if not operands:
-        return 0
+        return ()
     for name, (row_block, expands) in _ATTENTION_BACKWARD.items():
         if name in op:
-            return _attention(shapes, operands[0].itemsize, row_block, expands)
+            return (_attention(shapes, operands[0].itemsize, row_block, expands),)
     if "embedding_dense_backward" in op or "ciuic.embedding_gradient" in op:
-        return _embedding(shapes[0], shapes[1])
+        return (_embedding(shapes[0], shapes[1]),)
     if "aten.convolution_backward." in op and len(operands) == 3:
         gradient, image, weight = operands
-        rearranged = _rearranged(image, weight, gradient)
-        return rearranged + _convolution(image, weight, gradient, arguments or {})
+        return _convolution_backward(gradient, image, weight, arguments)
     if "aten.convolution." in op and result is not None:
         image, weight = operands[:2]
-        if _read_as_it_is(image, weight, arguments or {}):
-            return 0
-        return _convolution(image, weight, result, arguments or {})
-    return 0
+        if _read_as_it_is(image, weight, arguments):
+            return ()
+        return (_convolution(image, weight, result, arguments),)
+    return ()
 
 
 def blas_libraries(kernel: str, operands: Iterable[Operand]) -> tuple[str, ...]:
@@ -107,6 +126,19 @@ def blas_libraries(kernel: str, operands: Iterable[Operand]) -> tuple[str, ...]:
     return ("cublas", "cublaslt") if row or kernel == "_int_mm" else ("cublas",)
 
 
+def _convolution_backward(
+    gradient: Operand, image: Operand, weight: Operand, arguments: Mapping[str, object]
+) -> Sequence[int]:
+    """What torch copies into the layout of image and weight (ConvShared.cpp), and then cuDNN's copies.
+
+    In channels-last layout torch copies what cuDNN would otherwise: that is counted with the latter.
+    """
+    if image.suggests_channels_last or weight.suggests_channels_last or len(image.shape) != 4:
+        return (_convolution(image, weight, gradient, arguments),)
+    copies = [o.nbytes for o in (gradient, image) if not o.is_plain]
+    return (*copies, _convolution(image.plain, weight, gradient.plain, arguments))
+
+
 def _convolution(image: Operand, weight: Operand, features: Operand, arguments: Mapping[str, object]) -> int:
     """Copies of what does not lie as the tensor cores want it: channels last, a multiple of 8 of them.
 
@@ -117,16 +149,6 @@ def _convolution(image: Operand, weight: Operand, features: Operand, arguments: 
     if not ordinary or weight.itemsize != _HALF or len(weight.shape) != 4 or prod(weight.shape[2:]) == 1:
         return 0
     return _copied(image, (1,)) + _copied(features, (1,)) + _copied(weight, (0, 1))
-
-
-def _rearranged(image: Operand, weight: Operand, gradient: Operand) -> int:
-    """What torch copies before the backward of an image in plain layout, because it is not plain itself.
-
-    In channels-last layout it copies what cuDNN otherwise would: those are counted there.
-    """
-    if image.channels_last or weight.channels_last or len(image.shape) != 4:
-        return 0
-    return sum(o.nbytes for o in (image, gradient) if not o.contiguous)
 
 
 def _read_as_it_is(image: Operand, weight: Operand, arguments: Mapping[str, object]) -> bool:

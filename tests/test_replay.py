@@ -61,8 +61,9 @@ def test_what_the_user_gets_outlives_the_backward() -> None:
     assert replay(FORWARD, BACKWARD, joint, ExactAllocator()).backward == 4 + 40 + 4 + 50 + 30
 
 
-def test_transient_bytes_count_once() -> None:
-    backward = replace(BACKWARD, events=(Event("inside", 500, transient=True), *BACKWARD.events))
+def test_temporaries_count_once() -> None:
+    inside = (Event("inside", 500), Event("inside", FREE))
+    backward = replace(BACKWARD, events=(*inside, *BACKWARD.events))
     assert replay(FORWARD, backward, JOINT, ExactAllocator()).backward == 4 + 40 + 4 + 500
 
 

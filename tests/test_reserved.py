@@ -16,7 +16,7 @@ FORWARD = Trace(
 BACKWARD = Trace(
     ("kept", "tangents_1"),
     ("grad",),
-    (Event("inside", 5 * MIB, transient=True), Event("grad", 9 * MIB), Event("kept", FREE)),
+    (Event("inside", 5 * MIB), Event("inside", FREE), Event("grad", 9 * MIB), Event("kept", FREE)),
 )
 JOINT = Joint(2, 1, {"kept": 1}, {"tangents_1": 4})
 PLANNED: dict[str, Any] = {

@@ -111,7 +111,7 @@ def _device(plan: Plan) -> list[str]:
     reserved = f"reserved {size(plan.reserved_bytes)}"
     reserved += f", process {size(plan.process_bytes)}" if plan.process_bytes is not None else ""
     held = f"{size(plan.input_bytes)} of parameters and inputs"
-    held += f", {size(plan.workspace_bytes)} of cuBLAS" if plan.workspace_bytes else ""
+    held += f", {size(plan.blas_bytes)} of cuBLAS" if plan.blas_bytes else ""
     return [f"  memory {reserved} with {held}{accumulate}{moved}"]
 
 
