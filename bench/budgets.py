@@ -1,18 +1,23 @@
 """Budget sweep: our peak and step time beside those of torch's own activation_memory_budget, in one process.
 
-    python -m bench.budgets --layers 8 --d 2048 --heads 16 --kv-heads 16 --ff 5504 --points 6
+    python -m bench.budgets --layers 4 --points 15 --warm 14 --plot docs/budgets-llama.png
+    python -m bench.budgets --model gpt --points 15 --warm 14
 
-A Llama-shaped model in bf16. torch's budgets are its own fractions (0 to 1), ours are bytes: fractions of the
-peak that Inductor is measured to have. Every configuration is compiled first, then all take turns step by
-step. Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
+A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own
+fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have. Every
+configuration is compiled first (``--warm``: by several processes into one cache), then all take turns step by
+step in one process.
+Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from typing import Any
@@ -23,15 +28,33 @@ from torch._inductor.compile_fx import compile_fx
 
 import ciuic_compile
 from bench import common, measure
+from bench.models import MODELS, WithLoss
+from bench.plot import write_curves
 from bench.step_time import SMALL, WithLossView, build, ratio, step_of, take_turns
 from ciuic_compile.errors import InfeasibleBudgetError
 
 COLUMNS = ("", "budget MiB", "planned", "peak", "over %", "step ms", "x", "grad err", "gap %", "compile s")
 
 
-def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
-    """Compile and measure every configuration until ``end`` (of ``time.monotonic``), then time them."""
-    model, inputs, targets, device = build(spec)
+def made(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, torch.device]:
+    """The model and its batch."""
+    if spec["model"] == "llama-shape":
+        return build(spec)
+    device = torch.device(spec["device"])
+    torch.manual_seed(0)
+    built, batches, loss = MODELS[spec["model"]]("medium" if device.type == "cuda" else "tiny")
+    return WithLoss(built, loss).to(device), *batches(0, device), device
+
+
+def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """Compile and measure every configuration until ``end`` (of ``time.monotonic``), then time them.
+
+    Args:
+        share: (i, n): only to warm the caches, and only every n-th configuration.
+    """
+    model, inputs, targets, device = made(spec)
+    precision = "off" if spec["model"] == "llama-shape" else "autocast"
+    asked = itertools.count()
     steps: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     reference: dict[str, torch.Tensor] = {}
@@ -39,6 +62,8 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
 
     def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
         nonlocal base, reference
+        if share is not None and next(asked) % share[1] != share[0] and name != "inductor":
+            return
         if time.monotonic() > end:
             rows.append({"config": name, "failed": "not started: no time left"})
             return
@@ -49,7 +74,13 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         else:
             given = {"report": "off", **options, **({} if budget is None else {"budget": budget})}
             run = torch.compile(view, backend="ciuic", options=given)
-        step = step_of(model, run, inputs, targets)
+
+        def loss(*batch: torch.Tensor) -> torch.Tensor:
+            with common.autocast(precision, device):
+                value: torch.Tensor = run(*batch)
+                return value
+
+        step = step_of(model, loss, inputs, targets)
         try:
             step()
         except InfeasibleBudgetError as error:
@@ -63,7 +94,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         got = measure.gradients(model)
         reference = reference or got
         base = base or peak.nbytes
-        row = {
+        row: dict[str, Any] = {
             "config": name,
             "budget": budget,
             "peak": peak.nbytes,
@@ -84,12 +115,24 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             measured(f"torch {fraction:.2f}", "inductor")
         for mode in spec["modes"]:
             measured(f"{mode} {fraction:.2f}", "ciuic", int(fraction * base), mode=mode)
+    if share is not None:
+        return rows
     times = take_turns(steps, device, spec["steps"])
     for row in rows:
         if row["config"] in times:
             row["step_ms"] = statistics.median(times[row["config"]])
             row["ratio"] = ratio(times["inductor"], times[row["config"]])
     return rows
+
+
+def plot(path: str, title: str, rows: list[dict[str, Any]]) -> None:
+    """Step time over Inductor's by measured peak, one curve for torch's own budgets and each of our modes."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "ratio" in row and row["config"] != "inductor":
+            name = row["config"].split()[0]
+            curves.setdefault(name, []).append((row["peak"] / 2**20, row["ratio"]))
+    write_curves(path, title, {name: sorted(points) for name, points in curves.items()}, axis="MiB")
 
 
 def table_row(row: dict[str, Any]) -> list[str]:
@@ -111,11 +154,45 @@ def table_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def against(rows: list[dict[str, Any]]) -> list[str]:
+    """For each of torch's points, the fastest of ours that peaks no higher."""
+    ours = [r for r in rows if r.get("tightened") is not None and "ratio" in r]
+    lines, wins = [], 0
+    theirs = [r for r in rows if r["config"].startswith("torch") and "ratio" in r]
+    for r in theirs:
+        best = min((o for o in ours if o["peak"] <= r["peak"]), key=lambda o: o["ratio"], default=None)
+        wins += best is not None and best["ratio"] < r["ratio"]
+        lines.append(f"{_point(r)} -> {'none' if best is None else _point(best)}")
+    lines.append(f"ours faster at no higher peak: {wins} of {len(theirs)}")
+    for mode in dict.fromkeys(o["config"].split()[0] for o in ours):
+        rows = [o for o in ours if o["config"].split()[0] == mode]
+        falls = all(a["peak"] >= b["peak"] for a, b in itertools.pairwise(rows))
+        over = max(o["peak"] / o["budget"] - 1 for o in rows)
+        lines.append(f"{mode}: the peak falls with the budget: {falls}; at most {over:+.2%} over it")
+    return lines
+
+
+def _point(row: dict[str, Any]) -> str:
+    return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
+
+
+def warm(arguments: list[str], processes: int) -> None:
+    """Compile every configuration in several processes; their caches are this one's."""
+    command = [sys.executable, "-m", "bench.budgets", *arguments]
+    running = [
+        subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.DEVNULL)
+        for i in range(processes)
+    ]
+    for each in running:
+        each.wait()
+
+
 def main() -> None:
     """Sweep and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="llama-shape", choices=("llama-shape", *MODELS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--d", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=16)
@@ -129,6 +206,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["lossless", "1:1"], help="ours, each with a budget")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
+    parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
+    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--plot", help="PNG to write: step time over peak")
     parser.add_argument("--device")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
@@ -137,11 +217,20 @@ def main() -> None:
     shape = SMALL if args.small else {name: getattr(args, name) for name in SMALL}
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
-    spec |= {"points": args.points, "modes": args.modes}
-    rows = sweep(spec, time.monotonic() + args.limit)
+    spec |= {"points": args.points, "modes": args.modes, "model": args.model}
+    end = time.monotonic() + args.limit
+    if args.share:
+        sweep(spec, end, tuple(args.share))
+        return
+    if args.warm:
+        warm(sys.argv[1:], args.warm)
+    rows = sweep(spec, end)
     common.table(
         "peaks above parameters, MiB; x = step time over Inductor's", COLUMNS, [table_row(r) for r in rows]
     )
+    print(*against(rows), sep="\n")
+    if args.plot:
+        plot(args.plot, f"{args.model}: step time over Inductor's, by peak MiB", rows)
     command = shlex.join(["python", "-m", "bench.budgets", *sys.argv[1:]])
     found = {"environment": common.environment(device), "command": command, "spec": spec, "rows": rows}
     common.write_json(args.out, json.loads(json.dumps(found)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,21 +21,23 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
+import ciuic_compile
 from bench import common
 from bench.measure import GradientError, gradient_error
 from bench.models import MODELS, WithLoss
-from ciuic_compile import markers, partitioner
+from ciuic_compile import Calibration, partitioner
 from ciuic_compile.analyze import MemoryModel
+from ciuic_compile.calibrating import through
 from ciuic_compile.codecs import get_codec
 from ciuic_compile.config import parse_options
 from ciuic_compile.partitioner import CiuicPartitioner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.planner import Selection
-from ciuic_compile.planner.error_model import BOUND_FACTOR, ErrorModel
+from ciuic_compile.planner.error_model import ErrorModel, relative_mse
 from ciuic_compile.simulate import Peaks
 from ciuic_compile.types import Plan
 
-CODECS = ("int8_group64", "int4_group64_affine", "int4_group64")
+CODECS = ("int8_group64", "int6_group64", "int5_group64", "int4_group64_affine", "int4_group64")
 
 
 @dataclass
@@ -55,20 +58,23 @@ class Captured:
     @torch.no_grad()
     def run(self, codecs: Mapping[str, str]) -> dict[str, Tensor]:
         """The gradients, with these saved tensors (by name) through these codecs and back."""
-        arguments = [
-            _through(a, codecs[n.name]) if n.name in codecs else a
-            for n, a in zip(self.backward.graph.find_nodes(op="placeholder"), self.arguments, strict=True)
-        ]
-        results = self.backward(*arguments)
+        results = self.backward(*through(self.backward, self.arguments, codecs))
         return {str(i): g for i, g in enumerate(results) if isinstance(g, Tensor)}
 
     def predict(self, codecs: Mapping[str, str]) -> tuple[float, float]:
         """Predicted relative error of the whole gradient, and the stated bound of any parameter's."""
         nodes = {n.name: n for n in self.selection.saved}
-        mse = {nodes[name]: get_codec(codec).relative_mse for name, codec in codecs.items()}
-        error_model = ErrorModel(self.model.captured, self.model.classes, list(self.selection.saved))
-        errors = error_model.gradient_errors(mse)
-        return error_model.whole(errors), BOUND_FACTOR * max(errors)
+        classes, measured = self.model.classes, self.model.calibration
+        mse = {
+            nodes[name]: relative_mse(classes, nodes[name], get_codec(codec), measured)
+            for name, codec in codecs.items()
+        }
+        error_model = ErrorModel(self.model.captured, classes, list(self.selection.saved), measured)
+        most = {
+            nodes[name]: max(mse[nodes[name]], get_codec(codec).relative_mse)
+            for name, codec in codecs.items()
+        }
+        return error_model.whole(error_model.gradient_errors(mse)), error_model.bound(most)
 
     def by_class(self) -> dict[str, dict[str, str]]:
         """Class, and codec -> the saved tensors of that class on which that codec is legal."""
@@ -82,9 +88,17 @@ class Captured:
         return groups
 
 
-def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_bytes: int) -> Captured:
+def capture(
+    model: torch.nn.Module,
+    inputs: Sequence[Tensor],
+    mode: str,
+    min_bytes: int,
+    calibration: Calibration | None = None,
+) -> Captured:
     """Plan a step of ``model`` (inputs to loss) in ``mode`` and run it without codecs or code generation."""
-    config = parse_options({"mode": mode, "min_bytes": min_bytes, "report": "off"})
+    config = parse_options(
+        {"mode": mode, "min_bytes": min_bytes, "report": "off", "calibration": calibration}
+    )
     made: list[tuple[MemoryModel, Selection, Plan]] = []
     calls: list[tuple[fx.GraphModule, list[Any]]] = []
     plan_and_rewrite = partitioner.plan_and_rewrite
@@ -130,36 +144,47 @@ def capture(model: torch.nn.Module, inputs: Sequence[Tensor], mode: str, min_byt
     return Captured(memory, selection, plan, graph, arguments)
 
 
-def _through(x: Tensor, codec: str) -> Tensor:
-    order = markers.storage_order(x)
-    return markers.decode(markers.encode(x, codec), codec, [x.shape[d] for d in order], order, x.dtype)
-
-
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Every class of one model, and its plan in every mode."""
     device = torch.device(spec["device"])
-    rows = []
+    rows, seconds = [], 0.0
     for mode in spec["modes"]:
         torch.manual_seed(0)
         built, batches, loss = MODELS[spec["model"]](spec["size"])
         min_bytes = 256 if spec["size"] == "tiny" else 16 * 1024
-        captured = capture(WithLoss(built, loss).to(device), batches(0, device), mode, min_bytes)
+        model, calibration = WithLoss(built, loss).to(device), None
+        if spec["calibrated"]:  # on other batches than the one that is measured
+            started = time.perf_counter()
+            calibration = ciuic_compile.calibrate(model, [batches(1, device), batches(2, device)])
+            seconds = time.perf_counter() - started
+        captured = capture(model, batches(0, device), mode, min_bytes, calibration)
         exact = captured.run({})
         plan = {d.storage.name: d.codec for d in captured.plan.decisions if d.codec}
         groups = {f"plan {mode} ({captured.plan.ratio:.2f}:1)": plan}
-        if mode == spec["modes"][-1]:
+        if mode == spec["modes"][-1] and not spec["plans_only"]:
             groups |= captured.by_class()
         for name, codecs in groups.items():
             whole, bound = captured.predict(codecs)
             rows.append(_row(name, len(codecs), gradient_error(exact, captured.run(codecs)), whole, bound))
-    return {"rows": rows}
+    return {"rows": rows, "calibration_seconds": seconds}
 
 
 def _row(name: str, count: int, found: GradientError, whole: float, bound: float) -> dict[str, Any]:
     return {"what": name, "tensors": count, **asdict(found), "stated": whole, "bound": bound}
 
 
-COLUMNS = ("model", "compressed", "tensors", "error", "stated", "gain", "worst", "bound", "bound/worst")
+COLUMNS = (
+    "model",
+    "compressed",
+    "tensors",
+    "error",
+    "stated",
+    "stated/error",
+    "gain",
+    "worst",
+    "bound",
+    "bound/worst",
+)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -169,7 +194,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for r in result.get("rows", []):
             gain = (r["whole"] / r["stated"]) ** 2 if r["stated"] else float("nan")
             looseness = r["bound"] / r["worst"] if r["worst"] else float("inf")
-            numbers = (r["whole"], r["stated"], gain, r["worst"], r["bound"], looseness)
+            ratio = r["stated"] / r["whole"] if r["whole"] else float("nan")
+            numbers = (r["whole"], r["stated"], ratio, gain, r["worst"], r["bound"], looseness)
             name = f"{result['model']} {result['size']}"
             lines.append([name, r["what"], str(r["tensors"]), *map(common.share, numbers)])
     return lines
@@ -184,6 +210,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=("tiny", "small", "full"))
     parser.add_argument("--modes", nargs="+", default=["2:1", "4:1", "6:1"], help="plans to measure")
+    parser.add_argument("--calibrated", action="store_true", help="give the plans a calibration")
+    parser.add_argument("--plans-only", action="store_true", help="no rows of single classes")
     parser.add_argument("--device")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a model may take")
     parser.add_argument("--out", help="JSON file to write")
@@ -195,7 +223,14 @@ def main() -> None:
         return
     device = common.pick_device(args.device)
     specs = [
-        {"model": model, "size": size, "modes": args.modes, "device": str(device)}
+        {
+            "model": model,
+            "size": size,
+            "modes": args.modes,
+            "calibrated": args.calibrated,
+            "plans_only": args.plans_only,
+            "device": str(device),
+        }
         for size in args.sizes
         for model in args.models
     ]

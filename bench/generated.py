@@ -124,8 +124,8 @@ class Planned:
     graphs: Graphs
 
 
-def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Planned:
-    """Plan and rewrite a training step on the pretended GPU; nothing is run."""
+def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **options: Any) -> Planned:
+    """Plan and rewrite a training step on the pretended GPU, under more options; nothing is run."""
     found: list[Planned] = []
     real_plan, real_trace = partitioner.plan_and_rewrite, compat.trace
 
@@ -155,7 +155,7 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor) -> Plann
         contextlib.suppress(_Done, torch._dynamo.exc.BackendCompilerFailed),
     ):
         torch._dynamo.reset()
-        torch.compile(model, backend="ciuic", options={"mode": mode, "report": "off"})(*inputs)
+        torch.compile(model, backend="ciuic", options={"mode": mode, "report": "off", **options})(*inputs)
     if not found:
         raise SystemExit("no training graph was planned; is this a CUDA build of torch?")
     return found[0]

@@ -63,6 +63,8 @@ def layered(layers: int, grads: float = 0.25, noise: float = 0.0) -> Problem:
                 us = size / 3.0e6  # bytes a microsecond: 3 TB/s
                 for codec, bytes_left, moved, error in (
                     ("int8", 0.516, 2.5, 3e-5),
+                    ("int6", 0.391, 2.3, 6e-4),
+                    ("int5", 0.328, 2.2, 2.5e-3),
                     ("int4", 0.281, 2.1, 8e-3),
                 ):
                     variance = error * factor / layers

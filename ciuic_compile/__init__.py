@@ -6,8 +6,10 @@ the two-line form, ``plans`` returns what was decided.
 
 from __future__ import annotations
 
-from .api import disable_compression, enable_compression, plans, register
+from .api import calibrate, disable_compression, enable_compression, plans, register
+from .calibration import Calibration
 from .errors import (
+    CalibrationError,
     CiuicError,
     InfeasibleBudgetError,
     OptionError,
@@ -20,6 +22,8 @@ from .types import Action, Decision, Plan, Source, Storage, TensorClass
 __version__ = "0.1.0"
 __all__ = [
     "Action",
+    "Calibration",
+    "CalibrationError",
     "CiuicError",
     "Decision",
     "InfeasibleBudgetError",
@@ -32,6 +36,7 @@ __all__ = [
     "TensorClass",
     "VerificationError",
     "__version__",
+    "calibrate",
     "disable_compression",
     "enable_compression",
     "plans",

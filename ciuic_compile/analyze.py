@@ -12,17 +12,21 @@ import torch
 from torch import fx
 
 from . import compat
+from .calibration import GraphCalibration
 from .capture import CapturedGraph, owner, tensor
 from .classify import Classifier, is_reduction
 from .codecs import Codec, get_codec
 from .config import CompileConfig
 from .devices import DeviceProfile, profile_for
+from .fingerprint import fingerprint
 from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
 
 _TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
+LOSSY_CODECS = ("int8_group{}", "int6_group{}", "int5_group{}", "int4_group{}_affine", "int4_group{}")
+"""Names by group size, most precise first."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,15 @@ class MemoryModel:
         here = {node.name for node in self.captured.graph.nodes}
         return {node: size for node, size in self.original.baseline.items() if node.name not in here}
 
+    @cached_property
+    def calibration(self) -> GraphCalibration | None:
+        """What the user's calibration knows of this graph; None without one, and where it is of another."""
+        if self.config.calibration is None:
+            return None
+        found = self.config.calibration.graphs.get(fingerprint((self.original or self).captured))
+        matches = found is not None and len(found.shares) == len(self.captured.bwd_outputs)
+        return found if matches else None
+
     def storages_of(self, saved: Sequence[fx.Node]) -> dict[fx.Node, int]:
         """Owners of the storages behind saved nodes, with their bytes; parameters and inputs excluded."""
         return {
@@ -98,7 +111,7 @@ class MemoryModel:
             return []
         group = self.config.group_size
         fewest = self.classes.min_bits(node, group)
-        names = (f"int8_group{group}", f"int4_group{group}_affine", f"int4_group{group}")
+        names = (name.format(group) for name in LOSSY_CODECS)
         return [c for c in map(get_codec, names) if c.bits >= fewest]
 
     def stored_bytes(self, node: fx.Node) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.backends import registry
 
+from .calibration import Calibration
 from .config import set_default_config
 from .types import Plan
 
@@ -42,6 +45,36 @@ def disable_compression() -> None:
     """Undo :func:`enable_compression`; models that are compiled already stay as they are."""
     set_default_config()
     torch.compile = _inductor_compile
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[..., Tensor] | None = None,
+    *,
+    steps: int = 2,
+) -> Calibration:
+    """Measure on a few batches what errors in saved tensors do to the gradients of ``model``.
+
+    The result, as ``options={"calibration": ...}`` or saved to a file whose path is given there, makes the
+    plan's stated ``gradient_error`` rest on measurements instead of a guess from shapes. It holds at any
+    batch size, so small batches will do. A step costs a step run op by op and a backward more for each
+    class of saved tensors (two to five), and about twice the memory of an eager step. Parameters,
+    gradients, buffers and random number generators are left as they were.
+
+    Args:
+        model: compiled or not, on the device and in the mode (train, autocast around this call) of training.
+        batches: e.g. a data loader, or a list. A batch ``(x, *rest)`` gives ``loss_fn(model(x), *rest)``, or
+            ``model(x, *rest)`` without a ``loss_fn``; a dict is unpacked as keyword arguments.
+        loss_fn: returns the loss; None: the model returns it, itself or as ``.loss`` or ``["loss"]``.
+        steps: how many batches to take, at least 1.
+
+    Raises:
+        CalibrationError: no batch, no loss, or no gradient that could be measured.
+    """
+    from .calibrating import calibrate
+
+    return calibrate(model, batches, loss_fn, steps)
 
 
 def plans() -> tuple[Plan, ...]:

@@ -109,16 +109,14 @@ def _planned(
         if not partitioner.called and stored is not None:  # Inductor's cache was warm
             return compiled, replace(stored, name=name)
         if not partitioner.called and _caching():  # warm, but the plan was lost: plan again, announce it
-            with (
-                inductor_config.patch(force_disable_caches=True),
-                functorch_config.patch(enable_autograd_cache=False),
-            ):
-                return _planned(gm, example_inputs, config, patches, name)
+            return _planned_anew(gm, example_inputs, config, patches, name)
         if partitioner.plan is None or partitioner.joint is None:  # nothing depends on the gradients
             return compiled, None
         plan = confirm(partitioner.plan, recording, partitioner.joint, example_inputs)
         if not plan.replayed and stored is not None:  # the code came from a cache, under the same key
             plan = replace(stored, name=name)
+        elif not plan.replayed and recording.missing and _caching():  # that of a process that was stopped
+            return _planned_anew(gm, example_inputs, config, patches, name)
         attempts.append((compiled, plan))
         drift = plan.planned_peak_bytes - plan.simulated_peak_bytes
         if plan.budget_bytes is None or not plan.replayed or drift == correction:
@@ -133,6 +131,15 @@ def _planned(
     compiled, plan = min(fitting, key=lambda attempt: (attempt[1].gradient_error, attempt[1].time_us))
     cache.store(key, plan)
     return compiled, plan
+
+
+def _planned_anew(*args: Any) -> tuple[Callable[..., Any], Plan | None]:
+    """The same without Inductor's caches: they hold code whose allocations nobody wrote down."""
+    with (
+        inductor_config.patch(force_disable_caches=True),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        return _planned(*args)
 
 
 def _fits(plan: Plan) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from . import compat
+from . import compat, ops
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,25 @@ class CapturedGraph:
         """Nodes that need no tangent, in order: the forward can compute each of them."""
         return tuple(n for n in self.graph.nodes if n.op != "output" and not self.is_backward(n))
 
+    @cached_property
+    def gradients(self) -> frozenset[fx.Node]:
+        """Nodes that a tangent's value reaches. What is made again of forward values only waits for one."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if any(i in found for i in operands(node)) or (
+                node.op == "placeholder" and self.is_backward(node)
+            ):
+                found.add(node)
+        return frozenset(found)
+
     def is_backward(self, node: fx.Node) -> bool:
         """Whether the node depends on a tangent, so that only the backward can compute it."""
         return node in self.info.tangents_closure
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values the node's is computed from: all that it reads, but what it only waits for."""
+    return node.all_input_nodes[: 1 if node.target is ops.AFTER else None]
 
 
 def owner(node: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Stage 3b: whether, where and in how many chunks the loss is computed (docs/chunked-loss.md)."""
+"""Stage 3b: where and in how many chunks the loss and feed-forwards are computed (docs/chunked-loss.md)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .analyze import MemoryModel
 from .capture import tensor
 from .compat import packet
 from .devices import DeviceProfile
-from .passes import ChunkLoss
+from .feed_forward import FeedForwardFinder, is_feed_forward
+from .passes import ChunkFeedForward, ChunkLoss
 from .rows import LOSS_CHUNK, Declined, RowFinder, RowRegion
-from .simulate import Peaks
+from .simulate import Peaks, tensor_bytes
 from .types import TensorClass
 
 aten = torch.ops.aten
@@ -33,11 +34,11 @@ class Chunking:
     """The pass to run, or None.
 
     Attributes:
-        declined: sentences for the report, on logits that cannot be chunked.
+        declined: sentences for the report, on what cannot be chunked.
         done: one more, true once the pass has run.
     """
 
-    chunk: ChunkLoss | None
+    chunk: ChunkLoss | ChunkFeedForward | None
     declined: tuple[str, ...] = ()
     done: str = ""
 
@@ -69,18 +70,56 @@ def choose_chunks(model: MemoryModel) -> Chunking:
     return Chunking(None, tuple(notes))
 
 
+def choose_feed_forwards(model: MemoryModel) -> Chunking:
+    """Choose all feed-forwards of the graph that can be computed in chunks.
+
+    ``"auto"`` wants that only where ratio or budget need it: SwiGLU's two matmuls once more are two of
+    eleven, some 15 % of a Llama's step, too much for a lower peak that nobody asked for.
+    """
+    captured, taken = model.captured, set[fx.Node]()
+    regions: list[tuple[RowRegion, int]] = []
+    notes: dict[str, str] = {}
+    total = 0
+    for node in captured.savable if model.config.chunk_ffn else ():
+        size = tensor_bytes(node.meta.get("val"))
+        if node in taken or not is_feed_forward(captured, node):
+            continue
+        if model.config.chunk_ffn == "auto" and size <= CHUNK_BYTES:
+            continue
+        try:
+            region = FeedForwardFinder(captured, node).find()
+            for source in region.sources:
+                _check_operands(model, source)
+        except Declined as why:
+            notes.setdefault(str(why), f"{node.name}: its feed-forward is not chunked: {why}")
+            continue
+        taken.update(region.sources)
+        fewest = rows_worth_a_chunk(region, model.device)
+        regions.append((region, _count(size, region.rows, CHUNK_BYTES, fewest)))
+        total += sum(tensor_bytes(n.meta["val"]) for n in region.sources if not captured.is_backward(n))
+    if not regions:
+        return Chunking(None, tuple(notes.values()))
+    chunks = max(n for _, n in regions)
+    done = (
+        f"{len(regions)} feed-forward{'s' if len(regions) > 1 else ''} in {chunks} chunks of tokens: "
+        f"{total / 2**20:.1f} MiB of hidden values are never all alive, for their matmuls once more"
+    )
+    return Chunking(ChunkFeedForward(tuple(regions)), tuple(notes.values()), done)
+
+
 def rows_worth_a_chunk(region: RowRegion, device: DeviceProfile) -> float:
     """Rows from which on accumulating takes at most :data:`ACCUMULATING` of the time of a chunk's matmuls.
 
-    Both grow with the weight, which cancels out. A chunk's product is written and read in the weight's dtype,
-    the accumulator read and written in float32; the matmuls are the logits', twice, and one a gradient.
+    Both grow with the weights (of one size), which cancel out. A chunk's product is written and read in the
+    weight's dtype, the accumulator read and written in float32. Matmuls that the backward makes again count
+    twice.
     """
     kinds = list(region.ends.values())
     if "weight" not in kinds:
         return 1.0
-    itemsize: int = region.logits.meta["val"].dtype.itemsize
-    moved = 2 * itemsize + 2 * max(4, itemsize)
-    matmuls = 2 + kinds.count("weight") + kinds.count("rows")
+    itemsize: int = region.sources[0].meta["val"].dtype.itemsize
+    moved = kinds.count("weight") * (2 * itemsize + 2 * max(4, itemsize))
+    matmuls = len(region.sources) + region.made_again + kinds.count("weight") + kinds.count("rows")
     flop = 2 * matmuls
     return (moved / device.bytes_per_us) * device.flop_per_us(itemsize) / (ACCUMULATING * flop)
 
@@ -119,7 +158,7 @@ def _count(size: int, rows: int, chunk_bytes: int, fewest: float) -> int:
 
 
 def _check_operands(model: MemoryModel, logits: fx.Node) -> None:
-    """The backward makes the logits again: their weight and bias must then be what they were."""
+    """The backward makes the matmul again: its weight and bias must then be what they were."""
     *bias, _, weight = logits.args
     for node in (*bias, weight):
         if node not in model.classes.from_parameters and node not in model.classes.exact:

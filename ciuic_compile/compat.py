@@ -5,8 +5,11 @@ Line numbers and findings: docs/torch-internals.md.
 
 from __future__ import annotations
 
+import copy
+import gc
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,6 +36,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "NodeInfo",
+    "collecting_later",
+    "copied",
     "extract",
     "hint",
     "is_collective",
@@ -82,20 +87,49 @@ def partition_with(
 def extract(
     joint: fx.GraphModule, saved: Sequence[fx.Node], info: NodeInfo, num_fwd_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Forward and backward graphs for a set of saved values, in torch's backward order (no RNG)."""
+    """Forward and backward graphs for a set of saved values, in torch's backward order (no RNG).
+
+    They have no code, so they are only good for looking at.
+    """
     opaque = getattr(_partitioners, "is_opaque_node", lambda node: False)
     extra: dict[str, Any] = {}
     if hasattr(_partitioners, "is_opaque_node"):  # 2.13
         extra["saved_opaque_nodes"] = [n for n in saved if opaque(n)]
-    forward, backward = _partitioners._extract_fwd_bwd_modules(
-        joint,
-        [n for n in saved if not is_sym_node(n) and not opaque(n)],
-        saved_sym_nodes=[n for n in saved if is_sym_node(n)],
-        num_fwd_outputs=num_fwd_outputs,
-        static_lifetime_input_nodes=info.static_lifetime_input_nodes,
-        **extra,
-    )
-    return forward, _partitioners.reordering_to_mimic_autograd_engine(backward)
+    with without_code():
+        forward, backward = _partitioners._extract_fwd_bwd_modules(
+            joint,
+            [n for n in saved if not is_sym_node(n) and not opaque(n)],
+            saved_sym_nodes=[n for n in saved if is_sym_node(n)],
+            num_fwd_outputs=num_fwd_outputs,
+            static_lifetime_input_nodes=info.static_lifetime_input_nodes,
+            **extra,
+        )
+        return forward, _partitioners.reordering_to_mimic_autograd_engine(backward)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph module, without code."""
+    with without_code():
+        return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Graph modules made here generate no Python code, a third of the time to make one of a large graph."""
+    with mock.patch.object(fx.GraphModule, "recompile", return_value=None):
+        yield
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """No garbage collection here: graphs are all cycles, and each full collection walks every live one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def must_save(node: fx.Node) -> bool:
@@ -180,6 +214,13 @@ def hint(value: int | torch.SymInt | sympy.Expr, fallback: int = 4096) -> int:
             return int(node.hint)
         return fallback
     return int(value) if value.is_number else fallback
+
+
+def number(value: Any, fallback: float = 1.0) -> float:
+    """A symbolic number at the example's sizes, fractions included; ``fallback`` for unbacked symbols."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return float(value.node.hint) if value.node.has_hint() else fallback
+    return float(value)
 
 
 def to_sympy(value: int | torch.SymInt) -> sympy.Expr:
@@ -311,6 +352,13 @@ def _own_value(node: fx.Node) -> Any:
 
 def _fresh(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def forget_compiled(function: Callable[..., object]) -> None:
+    """Drop what Dynamo has compiled of this function."""
+    from torch._dynamo.eval_frame import remove_from_cache
+
+    remove_from_cache(function)
 
 
 def user_facing(error: Exception) -> Exception:

@@ -38,6 +38,11 @@ class Recording:
     backward: Trace | None = None
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def missing(self) -> bool:
+        """Whether code was not generated here, so that a cache must have had it."""
+        return not self.problems and (self.forward is None or self.backward is None)
+
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Recording]:

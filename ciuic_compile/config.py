@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
+from ciuic_compile import calibration
 from ciuic_compile.errors import OptionError, nearest
 
 INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -56,6 +57,7 @@ class CompileConfig:
         budget: bytes that the planned peak of each graph must fit in; None for no limit.
         max_error: cap on the estimated relative gradient error (dimensionless); None for no cap.
         plan_seconds: how long planning one graph under a budget may take; then the best plan so far is taken.
+        calibration: measured error coefficients of the model; None: guessed from shapes.
         report: ``"short"``, ``"full"``, ``"off"``, or an absolute path ending .json, .html or .txt.
         allow: patterns; when not empty only what one of them matches may be compressed.
         deny: patterns; what one of them matches is never compressed.
@@ -63,6 +65,7 @@ class CompileConfig:
         group_size: elements that share one scale in the group codecs.
         chunk_loss: whether logits and loss are computed some tokens at a time; ``"auto"``: where it pays.
         loss_chunk_bytes: float32 logits that one chunk may have, in bytes; None: as the device suggests.
+        chunk_ffn: whether feed-forwards are computed some tokens at a time; ``"auto"``: where it pays.
         inductor_mode: the Inductor mode in force, ``"default"`` when none was given.
         inductor_explicit: Inductor options the user wrote, by their full names.
     """
@@ -71,6 +74,7 @@ class CompileConfig:
     budget: int | None = None
     max_error: float | None = None
     plan_seconds: float = 10.0
+    calibration: calibration.Calibration | None = field(default=None, hash=False)
     report: str = "short"
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
@@ -78,6 +82,7 @@ class CompileConfig:
     group_size: int = 64
     chunk_loss: bool | str = "auto"
     loss_chunk_bytes: int | None = None
+    chunk_ffn: bool | str = "auto"
     inductor_mode: str = "default"
     inductor_explicit: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -295,6 +300,10 @@ def _parse_plan_seconds(name: str, value: Any) -> float:
     return number
 
 
+def _parse_calibration(name: str, value: Any) -> calibration.Calibration | None:
+    return None if value is None else calibration.load(name, value)
+
+
 def _integer(value: Any) -> int | None:
     """Return an integer of any kind as an int; None for everything else, bools among it."""
     return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
@@ -317,7 +326,7 @@ def _parse_group_size(name: str, value: Any) -> int:
     raise _wrong(name, value, _join(GROUP_SIZES), "64 is the default; smaller is more exact and less compact")
 
 
-def _parse_chunk_loss(name: str, value: Any) -> bool | str:
+def _parse_chunk(name: str, value: Any) -> bool | str:
     if isinstance(value, bool) or (isinstance(value, str) and value == "auto"):
         return value
     valid = "'auto', True or False"
@@ -383,13 +392,15 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "budget": _parse_budget,
     "max_error": _parse_max_error,
     "plan_seconds": _parse_plan_seconds,
+    "calibration": _parse_calibration,
     "report": _parse_report,
     "allow": _parse_patterns,
     "deny": _parse_patterns,
     "min_bytes": parse_size,
     "group_size": _parse_group_size,
-    "chunk_loss": _parse_chunk_loss,
+    "chunk_loss": _parse_chunk,
     "loss_chunk_bytes": _parse_loss_chunk_bytes,
+    "chunk_ffn": _parse_chunk,
     "inductor_mode": _parse_inductor_mode,
 }
 

@@ -40,6 +40,10 @@ class VerificationError(CiuicError):
     """A rewritten graph is not what the plan says; compiling stops rather than run it."""
 
 
+class CalibrationError(CiuicError):
+    """Nothing could be measured: no gradients, no batch, or no loss."""
+
+
 class PlanFileError(CiuicError):
     """A plan file that cannot be read: not JSON, truncated, or of another schema version."""
 

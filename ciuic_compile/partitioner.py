@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -13,7 +13,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
-from .chunking import Chunking, choose_chunks, why_whole
+from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
 from .config import CompileConfig
 from .confirm import joint_of
 from .errors import InfeasibleBudgetError, VerificationError
@@ -24,7 +24,10 @@ from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .types import Plan
 
-STAYS_WHOLE = "the loss is not chunked, though it could be"
+STAYS_WHOLE = {
+    "loss": "the loss is not chunked, though it could be",
+    "feed-forwards": "feed-forwards are not chunked, though they could be",
+}
 
 
 class CiuicPartitioner(CustomPartitionerFn):
@@ -63,11 +66,16 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
+        with compat.collecting_later():
+            return self._partitioned(gm, joint_inputs, **kwargs)
 
+    def _partitioned(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         def partition(
             joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
-            return _partition(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
+            return partition_joint(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
@@ -77,12 +85,27 @@ class CiuicPartitioner(CustomPartitionerFn):
             _, candidate = partition(chunked, whole)
             assert candidate is not None, "the gradients of a loss in chunks are gone"
             tried.append(candidate)
-        chosen, draft, notes = self._choose(whole, tried[-1])
+        losses = replace(tried[-1], done={"loss": " ".join(c.chunking.done for c in tried[:-1])})
+        chosen, notes = whole, dict[str, str]()
+        if len(tried) > 1:
+            chosen = self._choose(whole, losses, notes)
+        for base in [whole, losses] if chosen is whole and len(tried) > 1 else [chosen]:
+            if whole.feed_forwards.chunk is None:
+                break
+            if self._config.chunk_ffn is not True and not chosen.misses:
+                why = "ratio and budget are met without their matmuls once more"
+                notes.setdefault("feed-forwards", f"{STAYS_WHOLE['feed-forwards']}: {why}")
+            elif base.feed_forward is not None:
+                _, candidate = partition(base.feed_forward, whole)
+                assert candidate is not None, "the gradients of feed-forwards in chunks are gone"
+                candidate = replace(candidate, done={**base.done, "feed-forwards": base.feed_forwards.done})
+                chosen = self._choose(chosen, candidate, notes)
         if chosen.infeasible is not None:
             raise chosen.infeasible
-        done = [] if chosen is whole else [c.chunking.done for c in tried[:-1]]
-        notes = (*done, *chosen.chunking.declined, *notes)
-        selection = replace(chosen.selection, notes=(*notes, *chosen.selection.notes))
+        kept = (note for kind, note in notes.items() if kind not in chosen.done)
+        declined = (*tried[-1].chunking.declined, *whole.feed_forwards.declined)
+        said = (*filter(None, chosen.done.values()), *declined, *kept)
+        selection = replace(chosen.selection, notes=(*said, *chosen.selection.notes))
         self.plan = plan_and_rewrite(
             self._name,
             chosen.model,
@@ -90,49 +113,69 @@ class CiuicPartitioner(CustomPartitionerFn):
             chosen.baseline,
             chosen.graphs,
             self._correction,
-            draft,
+            chosen.draft,
         )
         self.joint = joint_of(chosen.graphs)
         return chosen.graphs.forward, chosen.graphs.backward
 
-    def _choose(
-        self, whole: Candidate, chunked: Candidate
-    ) -> tuple[Candidate, Draft | None, tuple[str, ...]]:
-        """The loss whole or in chunks; its draft where that was needed, and a note where it could be chunked.
+    def _choose(self, current: Candidate, other: Candidate, notes: dict[str, str]) -> Candidate:
+        """One of two candidates, of which ``other`` has more in chunks; in ``notes``, why it was not taken.
 
-        Compared are the peaks of both final plans, codecs and budget included: what codecs do to the other
-        saved tensors decides whether the logits set the peak.
+        Compared are both final plans, codecs and budget included: what codecs do to the other saved tensors
+        decides whether logits or a feed-forward set the peak.
         """
-        if chunked is whole:
-            return whole, None, ()
-        if not follows_rules(
-            chunked.model.captured, chunked.model.classes, chunked.selection.saved, self._config.lossy
-        ):
+        config = self._config
+        more = other.done.keys() - current.done.keys()
+        why = ""
+        if not follows_rules(other.model.captured, other.model.classes, other.selection.saved, config.lossy):
             # the logits that the backward makes again must be those of the forward
-            return whole, None, ("the loss is not chunked: its hidden states cannot be saved as they are",)
-        if self._config.chunk_loss is True:
-            return chunked, None, ()
-        if whole.infeasible is not None:
-            return chunked, None, ()
-        one = make_draft(whole.model, whole.selection, whole.graphs, self._correction)
-        if chunked.infeasible is not None:
-            return whole, one, (f"{STAYS_WHOLE}: the budget leaves no room for it",)
-        other = make_draft(chunked.model, chunked.selection, chunked.graphs, self._correction)
-        if one.codecs.tightened and other.codecs.variance < one.codecs.variance:
-            return chunked, other, ()  # the budget would cost the gradients more
-        if why := why_whole(one.planned, other.planned):
-            return whole, one, (f"{STAYS_WHOLE}: {why}",)
-        return chunked, other, ()
+            why = "the hidden states cannot be saved as they are"
+            notes |= {kind: f"{STAYS_WHOLE[kind]}: {why}" for kind in more}
+            return current
+        asked = {"loss": config.chunk_loss, "feed-forwards": config.chunk_ffn}
+        if any(asked[kind] is True for kind in more):
+            return other
+        if (missed := current.infeasible) is not None:
+            too = other.infeasible
+            return current if too is not None and too.smallest_bytes > missed.smallest_bytes else other
+        if other.infeasible is not None:
+            why = "the budget leaves no room for it"
+        elif not _is_better(current.draft, other.draft, current.model):
+            if "feed-forwards" in more:
+                why = "that brings ratio and budget no closer"
+            else:
+                why = why_whole(current.draft.planned, other.draft.planned)
+        if not why:
+            return other
+        if len(more) == 1:
+            notes |= {kind: f"{STAYS_WHOLE[kind]}: {why}" for kind in more}
+        return current
+
+
+def _is_better(current: Draft, other: Draft, model: MemoryModel) -> bool:
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or
+    the budget would cost the gradients more in this one."""
+    if current.codecs.tightened and other.codecs.variance < current.codecs.variance:
+        return True
+    return _misses_ratio(current, model) and other.codecs.nbytes < current.codecs.nbytes
+
+
+def _misses_ratio(draft: Draft, model: MemoryModel) -> bool:
+    ratio = model.config.ratio
+    return ratio is not None and draft.codecs.nbytes > int(model.baseline_bytes / ratio)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute the loss: the graphs partitioned for it, and what their plan needs.
+    """One way to compute loss and feed-forwards: the graphs partitioned for it, and what their plan needs.
 
     Attributes:
-        chunking: what could be chunked next, and what could not.
+        chunking: which loss could be chunked next, and which could not.
         chunked: the joint graph with that in chunks; None where there is nothing (more) to chunk.
+        feed_forwards: which feed-forwards could be chunked, and which could not.
         baseline: peaks of Inductor's own partition of the user's graph.
+        correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
+        done: what is in chunks, and the report's sentence on it.
     """
 
     graphs: Graphs
@@ -141,10 +184,34 @@ class Candidate:
     baseline: Peaks
     chunking: Chunking
     chunked: fx.GraphModule | None
+    feed_forwards: Chunking
+    correction: int = 0
     infeasible: InfeasibleBudgetError | None = None
+    done: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def feed_forward(self) -> fx.GraphModule | None:
+        """The joint graph with all feed-forwards in chunks, or None."""
+        captured, chunk = self.model.captured, self.feed_forwards.chunk
+        joint = captured.graph.owning_module
+        if chunk is None or joint is None:
+            return None
+        return fx.GraphModule(joint, chunk.run(captured))
+
+    @property
+    def misses(self) -> bool:
+        """Whether its plan misses the ratio or the budget, or meets that only at a greater error."""
+        if self.infeasible is not None:
+            return True
+        return self.draft.codecs.tightened or _misses_ratio(self.draft, self.model)
+
+    @cached_property
+    def draft(self) -> Draft:
+        """Its plan, as far as it is needed to choose."""
+        return make_draft(self.model, self.selection, self.graphs, self.correction)
 
 
-def _partition(
+def partition_joint(
     joint: fx.GraphModule,
     joint_inputs: Sequence[object],
     config: CompileConfig,
@@ -190,6 +257,8 @@ def _partition(
             baseline=peaks,
             chunking=chunking,
             chunked=chunked,
+            feed_forwards=choose_feed_forwards(model),
+            correction=correction,
             infeasible=infeasible,
         )
         return list(selection.saved)
@@ -229,7 +298,7 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
 
 def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
     """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
-    run_pipeline(graphs, default_passes(codecs)[:-1])  # markers have the codecs' own sizes
+    run_pipeline(graphs, default_passes(codecs)[:-1], trial=True)  # markers have the codecs' own sizes
     peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
     return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
@@ -279,7 +348,4 @@ def _stays(node: fx.Node, present: set[str]) -> bool:
 
 
 def _copy(graphs: Graphs) -> Graphs:
-    def copied(gm: fx.GraphModule) -> fx.GraphModule:
-        return fx.GraphModule(gm, copy.deepcopy(gm.graph))
-
-    return Graphs(copied(graphs.forward), copied(graphs.backward), graphs.num_fwd_outputs)
+    return Graphs(compat.copied(graphs.forward), compat.copied(graphs.backward), graphs.num_fwd_outputs)

@@ -2,6 +2,7 @@
 
 What :class:`RowFinder` accepts can be computed for a few rows at a time: every value in it belongs to one
 row, or is a sum over rows that can be accumulated. Whatever it does not understand raises :class:`Declined`.
+``feed_forward.py`` finds other such parts, between two matmuls, in the same way.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ COPIES = {aten.clone, prims.convert_element_type}
 REDUCTIONS = {aten.amax, aten.amin, aten.sum, aten.argmax}  # over the classes, dimensions as second argument
 _PERMUTATIONS = {aten.permute, aten.transpose, aten.t}
 _CONSTANTS = {aten.full}
-#: Mark (``node.meta``) of the matmuls that make a chunk's logits, in the forward and again in the backward.
+#: Marks (``node.meta``) of the matmuls that make a chunk's values, in the forward and again in the backward.
 LOSS_CHUNK = "ciuic_loss_chunk"
+FEED_FORWARD_CHUNK = "ciuic_feed_forward_chunk"
 
 
 class Declined(Exception):
-    """Why the loss stays in one piece, as the end of a sentence."""
+    """Why the loss (or feed-forward) stays in one piece, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,35 @@ class RowRegion:
     """What is computed chunk by chunk.
 
     Attributes:
-        logits: the matmul that makes [tokens, classes].
+        sources: the matmuls that make [tokens, classes]: the logits; or what a feed-forward's activation
+            reads, and its gradient.
         labels: the region's nodes and what their dimensions mean, in graph order; narrow ones have no "v".
-        ends: backward nodes that leave the region: "rows" (gradient of the hidden states), "weight" (that of
-            the weight) and "total" (a sum over rows, that of the bias).
+        ends: nodes that leave the region: "rows" (matmul over the classes: gradient of the hidden states),
+            "weight" (matmul over the rows: gradient of a weight), "total" (sum over rows: that of a bias).
         shift: the slice that drops some rows, as ``logits[:, :-1]`` does; rows are counted after it.
         rows: how many rows there are.
+        made_again: how many of the sources are values of the forward, which the backward makes again.
+        mark: what the sources' chunks are marked with, where they are values of the forward.
     """
 
-    logits: fx.Node
+    sources: tuple[fx.Node, ...]
     labels: dict[fx.Node, Label]
     ends: dict[fx.Node, str]
     shift: fx.Node | None
     rows: int
+    made_again: int = 1
+    mark: str = LOSS_CHUNK
 
     def renamed(self, names: dict[fx.Node, fx.Node]) -> RowRegion:
         """The same region in a copy of the graph."""
         return RowRegion(
-            names[self.logits],
+            tuple(names[n] for n in self.sources),
             {names[n]: label for n, label in self.labels.items()},
             {names[n]: kind for n, kind in self.ends.items()},
             names[self.shift] if self.shift is not None else None,
             self.rows,
+            self.made_again,
+            self.mark,
         )
 
 
@@ -104,9 +113,13 @@ def slice_of(node: fx.Node, first: int) -> tuple[int, int, int]:
 class RowFinder:
     """Follows the logits of one joint graph to the loss and back."""
 
+    what = "logits"  # in sentences on why not
+    mark = LOSS_CHUNK
+
     def __init__(self, captured: CapturedGraph, logits: fx.Node) -> None:
         self._captured = captured
         self._logits = logits
+        self._sources = [logits]
         self._labels: dict[fx.Node, Label] = {logits: "rv"}
         self._from_logits = {logits}  # the others were pulled in: masks and constants of full size
         self._ends: dict[fx.Node, str] = {}
@@ -125,7 +138,9 @@ class RowFinder:
             raise Declined("no gradient is computed from it")
         order = self._captured.order
         kept = {n: self._labels[n] for n in sorted(self._needed(), key=order.__getitem__)}
-        region = RowRegion(self._logits, kept, self._ends, self._shift, self._rows())
+        sources = tuple(n for n in kept if n in self._sources)
+        again = sum(not self._captured.is_backward(n) for n in sources)
+        region = RowRegion(sources, kept, self._ends, self._shift, self._rows(), again, self.mark)
         self._check(region)
         return region
 
@@ -137,7 +152,7 @@ class RowFinder:
             return
         if node.op == "output":
             if any(is_wide(self._labels[i]) and i in self._from_logits for i in known):
-                raise Declined("the logits are also returned")
+                raise Declined(f"the {self.what} are also returned")
             return
         try:
             label = self._label(node)
@@ -211,9 +226,9 @@ class RowFinder:
         op = packet(node)
         if node.op != "call_function":
             if self._captured.is_backward(node):  # their gradient comes from outside
-                raise Declined("the logits are also returned")
-            raise Declined(f"{node.name} is as large as the logits (class probabilities as targets)")
-        if op in _CONSTANTS:
+                raise Declined(f"the {self.what} are also returned")
+            raise Declined(f"{node.name} is as large as the {self.what} (class probabilities as targets)")
+        if op in _CONSTANTS or self._is_source(node, label):
             pass
         elif op is aten.expand:
             source = node.args[0]
@@ -226,8 +241,14 @@ class RowFinder:
         elif op in COPIES or is_elementwise(node):
             self._pull_operands(node, label)
         else:
-            raise Declined(f"{node.name} ({node.target}) is as large as the logits and is not understood")
+            raise Declined(
+                f"{node.name} ({node.target}) is as large as the {self.what} and is not understood"
+            )
         self._labels[node] = label
+
+    def _is_source(self, node: fx.Node, label: Label) -> bool:
+        """Whether an operand of full size is made by a matmul that belongs to the region."""
+        return False
 
     def _reduced(self, node: fx.Node, source: fx.Node) -> Label | None:
         label, dims = self._labels[source], dims_of(node)

@@ -101,6 +101,21 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Price:
+    """What another budget would change, by the planner's time model; gradient error is weighed in as time.
+
+    Attributes:
+        step_bytes: how much more or less.
+        more_saves_us: microseconds a step that so much more would save.
+        less_costs_us: what so much less would cost; None if no plan was found for it.
+    """
+
+    step_bytes: int
+    more_saves_us: float
+    less_costs_us: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """One compiled graph's plan. Byte counts exclude parameters and graph inputs.
 
@@ -121,6 +136,7 @@ class Plan:
     gap: float = 0.0
     lower_bound: float = 0.0
     budget_bytes: int | None = None
+    price: Price | None = None  # of the budget
     tightened: bool = False  # the budget, not the mode, decided how far to compress
     dynamic: bool = False
     device: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
+from .chunk_feed_forward import ChunkFeedForward
 from .chunk_loss import ChunkLoss
 from .insert_codecs import InsertCodecs
 from .keep_inputs import KeepInputs
@@ -15,6 +16,7 @@ from .place_encodes import PlaceEncodes
 from .split_decodes import SplitDecodes
 
 __all__ = [
+    "ChunkFeedForward",
     "ChunkLoss",
     "NativeEmbedding",
     "Graphs",

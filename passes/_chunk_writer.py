@@ -1,8 +1,8 @@
-"""Writes a row-wise region of a joint graph chunk by chunk; the hands of the pass ``ChunkLoss``."""
+"""Writes row-wise regions of a joint graph chunk by chunk: the hands of the passes ``Chunk...``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from ciuic_compile import compat, ops
+from ciuic_compile.capture import CapturedGraph
 from ciuic_compile.compat import packet
 from ciuic_compile.rows import (
-    LOSS_CHUNK,
     REDUCTIONS,
     VIEWS,
     Label,
@@ -27,6 +27,20 @@ from ciuic_compile.rows import (
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
+def write_chunks(captured: CapturedGraph, regions: Sequence[tuple[RowRegion, int]]) -> fx.Graph:
+    """A copy of the joint graph with each region, found in the original, in so many chunks."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in captured.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    late = {copied[n] for n in captured.order if n.op != "output" and captured.is_backward(n)}
+    for region, chunks in regions:
+        ChunkWriter(graph, region.renamed(copied), late).write(chunks)
+    compat.sort(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
 @dataclass
 class ChunkWriter:
     """Writes the chunks. In a chunk wide values are [rows, classes] and narrow ones [rows, 1]."""
@@ -36,17 +50,48 @@ class ChunkWriter:
     late: set[fx.Node]  # what depends on the gradients
     whole: dict[fx.Node, fx.Node] = field(default_factory=dict)  # region node -> its replacement outside
     made: set[fx.Node] = field(default_factory=set)
+    _backward: bool = False  # which of the two is being written
     _done: list[fx.Node] = field(default_factory=list)  # what must be there before the next chunk begins
     _flat: dict[tuple[fx.Node, Label, tuple[int, ...]], fx.Node] = field(default_factory=dict)
 
-    def statistics(self, nodes: list[fx.Node], bounds: list[tuple[int, int]]) -> None:
-        """The forward's statistics and losses: one number a row, put together from the chunks."""
+    def write(self, chunks: int) -> None:
+        """Write the region in so many chunks in place of what is there, which may be dead code then."""
+        region = self.region
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        size = -(-region.rows // chunks)
+        bounds = [(r, min(r + size, region.rows)) for r in range(0, region.rows, size)]
+        members = [*region.labels, *region.ends]
+        phases = [n for n in members if n not in self.late], [n for n in members if n in self.late]
+        # Behind the matmuls that leave the region, if any: parts of derivatives that wait for no gradient
+        # stand among the backward's nodes, and would take the forward's chunks there.
+        leaving = [[n for n in nodes if n in region.ends] or nodes for nodes in phases]
+        stops = [
+            max({*nodes, *(i for n in nodes for i in n.all_input_nodes)}, key=order.__getitem__).next
+            for nodes in leaving
+        ]
+        forward, backward = (
+            [n for n in nodes if n in region.labels and not is_wide(region.labels[n])] for nodes in phases
+        )
+        with self.graph.inserting_before(stops[0]):
+            self.values(forward, bounds)
+        self._backward = True
+        with self.graph.inserting_before(stops[1]):
+            self.gradients(backward, bounds)
+        for node, whole in self.whole.items():
+            node.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in self.made)
+
+    def values(self, nodes: list[fx.Node], bounds: list[tuple[int, int]]) -> None:
+        """What leaves the region in the forward, put together from the chunks: statistics and losses (one
+        number a row), products with the next weight."""
         wanted = [n for n in nodes if any(self._crosses(n, u) for u in n.users)]
-        parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in wanted}
+        ends = [n for n in self.region.ends if n not in self.late]
+        parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in (*wanted, *ends)}
         for start, stop in bounds:
             chunk: dict[fx.Node, fx.Node] = {}
             for node in wanted:
                 parts[node].append(self._value(node, start, stop, chunk, again=False))
+            for node in ends:
+                parts[node].append(self._end(node, start, stop, chunk, again=False))
             self._done = [pieces[-1] for pieces in parts.values()]
         for node, pieces in parts.items():
             joined = self._call(node, aten.cat.default, (pieces,))
@@ -57,14 +102,15 @@ class ChunkWriter:
         outside = [n for n in nodes if any(u not in self.region.labels for u in n.users)]
         parts: dict[fx.Node, list[fx.Node]] = {n: [] for n in outside}
         sums: dict[fx.Node, fx.Node] = {}
-        inside = [n for n in (*self.region.labels, *self.region.ends) if n in self.late]
+        ends = [n for n in self.region.ends if n in self.late]
+        inside = [*(n for n in self.region.labels if n in self.late), *ends]
         outer = dict.fromkeys(i for n in inside for i in n.all_input_nodes if i in self.late)
-        self._done = [i for i in outer if i not in inside]  # the gradient of the loss
+        self._done = [i for i in outer if i not in inside]  # the gradient that comes in
         for start, stop in bounds:
             chunk: dict[fx.Node, fx.Node] = {}
-            for end, kind in self.region.ends.items():
-                part = self._end(end, kind, start, stop, chunk)
-                if kind == "rows":
+            for end in ends:
+                part = self._end(end, start, stop, chunk, again=True)
+                if self.region.ends[end] == "rows":
                     parts.setdefault(end, []).append(part)
                 else:
                     sums[end] = self._call(end, aten.add.Tensor, (sums[end], part)) if end in sums else part
@@ -102,15 +148,16 @@ class ChunkWriter:
                 return self._value(operand, start, stop, chunk, again)
             return self._outside(node, operand, label, start, stop)
 
-        chunk[node] = self._compute(node, label, of, stop - start, start)
+        if node in self.region.sources:
+            chunk[node] = self._source(node, start, stop, chunk)
+        else:
+            chunk[node] = self._compute(node, label, of, stop - start, start)
         return chunk[node]
 
     def _compute(
         self, node: fx.Node, label: Label, of: Callable[[fx.Node], fx.Node], rows: int, start: int
     ) -> fx.Node:
         op, source = packet(node), node.args[0]
-        if node is self.region.logits:
-            return self._logits(node, start, start + rows)
         if op is aten.full:
             shape = [rows, shape_of(node)[label.index("v")]]
             return self._call(node, node.target, (shape, *node.args[1:]), dict(node.kwargs))
@@ -137,26 +184,33 @@ class ChunkWriter:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), of)
         return self._call(node, node.target, args, kwargs)
 
-    def _logits(self, node: fx.Node, start: int, stop: int) -> fx.Node:
+    def _source(self, node: fx.Node, start: int, stop: int, chunk: dict[fx.Node, fx.Node]) -> fx.Node:
         *bias, x, weight = node.args
         assert isinstance(x, fx.Node)
-        hidden = self._hidden(x, start, stop)
-        if self._done:  # one chunk after the other; and in the backward, none before the gradient is there
-            hidden = self._call(node, ops.AFTER, (hidden, self._done))
-        made = self._call(node, node.target, (*bias, hidden, weight), dict(node.kwargs))
-        made.meta[LOSS_CHUNK] = True
+        if x not in chunk:
+            chunk[x] = self._hidden(x, start, stop)
+            if (
+                self._done
+            ):  # one chunk after the other; and in the backward, none before the gradient is there
+                chunk[x] = self._call(node, ops.AFTER, (chunk[x], self._done))
+        made = self._call(node, node.target, (*bias, chunk[x], weight), dict(node.kwargs))
+        if node not in self.late:
+            made.meta[self.region.mark] = True
         return made
 
-    def _end(self, node: fx.Node, kind: str, start: int, stop: int, chunk: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _end(
+        self, node: fx.Node, start: int, stop: int, chunk: dict[fx.Node, fx.Node], again: bool
+    ) -> fx.Node:
+        kind = self.region.ends[node]
         inner = next(i for i in node.all_input_nodes if i in self.region.labels)
-        value = self._value(inner, start, stop, chunk, again=True)
+        value = self._value(inner, start, stop, chunk, again)
         dtype = node.meta["val"].dtype
         wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         if kind == "total":
             return self._call(node, aten.sum.dim_IntList, (value, [0], True), {"dtype": wide})
-        left, right = node.args
+        *bias, left, right = node.args
         if kind == "rows":
-            return self._call(node, node.target, (value, right))
+            return self._call(node, node.target, (*bias, value, right))
         if inner is left:
             turned = self._call(node, aten.permute.default, (value, [1, 0]))
             assert isinstance(right, fx.Node)
@@ -258,4 +312,6 @@ class ChunkWriter:
         """Insert a call that belongs to the line and module of ``origin``."""
         node = compat.call_like(self.graph, origin, target, args, kwargs or {})
         self.made.add(node)
+        if self._backward:
+            self.late.add(node)
         return node

@@ -55,11 +55,14 @@ class Pass(Protocol):
 Observer = Callable[[str, Graphs, PassResult, float], None]
 
 
-def run_pipeline(graphs: Graphs, passes: Sequence[Pass], observe: Observer | None = None) -> tuple[str, ...]:
+def run_pipeline(
+    graphs: Graphs, passes: Sequence[Pass], observe: Observer | None = None, trial: bool = False
+) -> tuple[str, ...]:
     """Run the passes in order; verify after each; return the notes they left.
 
     Args:
         observe: called after each pass with its name, the graphs, its result and its seconds.
+        trial: the graphs are only looked at and thrown away: not verified, and without code.
 
     Raises:
         PassError: a pass raised or left invalid graphs; names it and the passes before it.
@@ -72,7 +75,8 @@ def run_pipeline(graphs: Graphs, passes: Sequence[Pass], observe: Observer | Non
         start = time.perf_counter()
         try:
             result = each.run(graphs)
-            verify(graphs)
+            if not trial:
+                verify(graphs)
             if graphs.forward_outputs()[: graphs.num_fwd_outputs] != untouched:
                 raise VerificationError("it changed what the forward returns to the user")
         except CiuicError as error:
@@ -87,8 +91,9 @@ def run_pipeline(graphs: Graphs, passes: Sequence[Pass], observe: Observer | Non
             observe(name, graphs, result, seconds)
         done.append(name)
         notes.extend(result.notes)
-    graphs.forward.recompile()
-    graphs.backward.recompile()
+    if not trial:
+        graphs.forward.recompile()
+        graphs.backward.recompile()
     return tuple(notes)
 
 

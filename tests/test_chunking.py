@@ -19,6 +19,7 @@ from ciuic_compile.chunking import ACCUMULATING, LEAST_GAIN, choose_chunks, rows
 from ciuic_compile.config import parse_options
 from ciuic_compile.devices import DeviceProfile, named
 from ciuic_compile.errors import InfeasibleBudgetError
+from ciuic_compile.feed_forward import FeedForwardFinder, is_feed_forward
 from ciuic_compile.partitioner import Draft, make_draft, plan_and_rewrite
 from ciuic_compile.rows import RowFinder
 from ciuic_compile.simulate import Peaks
@@ -173,3 +174,50 @@ def test_chunks_are_as_long_as_pays_unless_the_user_says_how_large() -> None:
     assert [count(model, rows) for rows in (1, 4, 5, 16, 32, 64)] == [32, 16, 8, 4, 2, 2]
     assert count(model, 16, loss_chunk_bytes=size // 8) == 8
     assert count(model, 16, loss_chunk_bytes=size) == 1  # nothing to gain
+
+
+# ---------------------------------------------------------------- feed-forwards
+
+
+def feed_forwards_chunked(found: Stage) -> bool:
+    return any("feed-forward" in n and " chunks of tokens" in n for n in found.selection.notes)
+
+
+@pytest.fixture
+def no_size_is_small() -> Iterator[None]:
+    with mock.patch.object(chunking, "CHUNK_BYTES", 512):
+        yield
+
+
+@pytest.mark.usefixtures("no_size_is_small")
+def test_feed_forwards_are_chunked_where_a_ratio_or_a_budget_is_missed_without() -> None:
+    options: dict[str, Any] = {"chunk_loss": False, "chunk_ffn": "auto", "tokens": 1024}
+    for mode in ("lossless", "1.1:1"):
+        found = staged(4, **options, mode=mode)
+        assert not feed_forwards_chunked(found)
+        assert "feed-forwards are not chunked, though they could be: ratio" in " ".join(found.selection.notes)
+    assert feed_forwards_chunked(staged(4, **options, mode="40:1"))
+    whole = draft(staged(4, **{**options, "chunk_ffn": False})).planned.peak
+    chunks = draft(staged(4, **{**options, "chunk_ffn": True})).planned.peak
+    assert chunks < 0.8 * whole
+    assert not feed_forwards_chunked(staged(4, **options, budget=whole))
+    assert feed_forwards_chunked(staged(4, **{**options, "chunk_ffn": True, "tokens": 16}))
+
+
+@pytest.mark.usefixtures("no_size_is_small")
+def test_loss_and_feed_forwards_may_both_be_chunked_and_both_are_said() -> None:
+    found = staged(4, chunk_loss=True, chunk_ffn=True, loss_chunk_bytes=16384)
+    notes = " ".join(found.selection.notes)
+    assert "logits and loss in" in notes and "4 feed-forwards in" in notes
+    assert found.model.original is not None
+    assert found.model.baseline_bytes == sum(found.model.original.baseline.values())
+
+
+def test_accumulating_takes_a_tenth_of_a_feed_forwards_chunk() -> None:
+    """Here two weights' gradients accumulate beside seven matmuls (SwiGLU: three beside eleven)."""
+    found = staged(1, chunk_loss=False, chunk_ffn=False)
+    (node,) = [n for n in found.captured.savable if is_feed_forward(found.captured, n)]
+    region = FeedForwardFinder(found.captured, node).find()
+    rows = rows_worth_a_chunk(region, named("h200"))
+    share = 2 * share_of_matmuls(rows, named("h200"), 4, 7)
+    assert share == pytest.approx(ACCUMULATING)

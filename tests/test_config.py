@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ciuic_compile.calibration import Calibration, GraphCalibration
 from ciuic_compile.config import (
     INDUCTOR_MODES,
     OPTION_NAMES,
@@ -44,7 +45,7 @@ def test_defaults(nothing: Any) -> None:
     assert config == CompileConfig()
     assert (config.mode, config.ratio, config.lossy) == ("4:1", 4.0, True)
     assert (config.report, config.min_bytes, config.group_size, config.budget) == ("short", 16384, 64, None)
-    assert (config.chunk_loss, config.loss_chunk_bytes) == ("auto", None)
+    assert (config.chunk_loss, config.loss_chunk_bytes, config.chunk_ffn) == ("auto", None, "auto")
     assert config.inductor_options == {}
     assert hash(config) == hash(CompileConfig())
     assert pickle.loads(pickle.dumps(config)) == config
@@ -186,11 +187,13 @@ def test_patterns() -> None:
 @pytest.mark.parametrize("value", ["auto", True, False])
 def test_chunk_loss(value: Any) -> None:
     assert parse_options({"chunk_loss": value}).chunk_loss is value
+    assert parse_options({"chunk_ffn": value}).chunk_ffn is value
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes", "Auto", 8, "true"])
 def test_wrong_chunk_loss(value: Any) -> None:
     assert "'auto', True or False" in refused({"chunk_loss": value})
+    assert "'auto', True or False" in refused({"chunk_ffn": value})
 
 
 def test_loss_chunk_bytes() -> None:
@@ -330,7 +333,7 @@ def test_fingerprint_tells_plans_apart_and_ignores_the_report(tmp_path: Path) ->
 
     different = [
         of(), of(mode="5:1"), of(mode="off"), of(budget=1), of(budget=2), of(max_error=0.1), of(allow="a"),
-        of(deny="a"), of(min_bytes=0), of(group_size=32), of(chunk_loss=True),
+        of(deny="a"), of(min_bytes=0), of(group_size=32), of(chunk_loss=True), of(chunk_ffn=True),
         of(loss_chunk_bytes=1), of(inductor_mode="max-autotune"),
         of(max_autotune=True), of(post_grad_custom_pre_pass=len), of(post_grad_custom_pre_pass=max),
     ]  # fmt: skip
@@ -358,7 +361,11 @@ def test_process_wide_default() -> None:
         assert set_default_config() == CompileConfig()
 
 
-def test_the_docs_name_every_option_and_their_examples_are_valid() -> None:
+def test_the_docs_name_every_option_and_their_examples_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Calibration({"graph": GraphCalibration((1.0,), {}, {})}, 1, "2.13.0", "cpu").save("calibration.json")
     text = (Path(__file__).parent.parent / "docs" / "options.md").read_text("utf-8")
     examples = re.findall(r"options=(\{[^}]*\})", text)
     assert len(examples) > 10

@@ -108,6 +108,15 @@ def test_a_lost_sidecar_still_prints_the_plan(cold: tuple[Path, Run]) -> None:
     assert run(cache, {"mode": "4:1"}).plan_text == first.plan_text
 
 
+def test_code_of_a_process_that_never_wrote_its_plan_is_generated_again(tmp_path: Path) -> None:
+    alone = {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}  # torch asks us, and then finds the code of our graphs
+    first = run(tmp_path, {"mode": "4:1"}, alone)
+    for path in (tmp_path / "ciuic").glob("*.json"):
+        path.unlink()
+    again = run(tmp_path, {"mode": "4:1"}, alone)
+    assert again.plans == first.plans and '"replayed": true' in again.plans[0]
+
+
 def test_plans_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     runs = [
         run(tmp_path / seed, {"mode": "4:1", "interpret": True}, {"PYTHONHASHSEED": seed}) for seed in "12"

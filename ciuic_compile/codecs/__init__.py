@@ -10,11 +10,13 @@ from ciuic_compile.codecs.base import Codec as Codec
 from ciuic_compile.codecs.base import Impl as Impl
 from ciuic_compile.codecs.base import KernelBytes as KernelBytes
 from ciuic_compile.codecs.bitmask import Bitmask as Bitmask
-from ciuic_compile.codecs.int4_group import Int4Group as Int4Group
 from ciuic_compile.codecs.int8_group import Int8Group as Int8Group
+from ciuic_compile.codecs.packed_group import Int4Group as Int4Group
+from ciuic_compile.codecs.packed_group import Int5Group as Int5Group
+from ciuic_compile.codecs.packed_group import Int6Group as Int6Group
 from ciuic_compile.errors import OptionError, nearest
 
-FAMILIES = (Int8Group, Int4Group, Bitmask)
+FAMILIES = (Int8Group, Int6Group, Int5Group, Int4Group, Bitmask)
 
 CODECS: tuple[Codec, ...] = tuple(codec for family in FAMILIES for codec in family.defaults())
 """The codecs that a planner considers unless told otherwise, most precise first."""

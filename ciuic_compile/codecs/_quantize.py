@@ -74,7 +74,7 @@ def _floor_bf16(value: float) -> float:
 _LARGEST_SCALE = {
     (dtype, top): _floor_bf16(decode_limit(dtype) / top)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for top in (127, 126, 7, 6)
+    for top in (127, 126, 31, 30, 15, 14, 7, 6)
 }
 
 

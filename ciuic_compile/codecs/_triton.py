@@ -171,6 +171,9 @@ DECODE_TILE = 4096
 """Bytes of the original tensor that one program handles, as 16-byte accesses; docs/numerics-codecs.md has
 the measurement behind both. Nothing is autotuned."""
 
+PART_TILE = 2048
+"""Bytes of it that one part of its groups has at least (packed_group): 16 for each of 128 threads."""
+
 
 def block_groups(tile: int, dtype: torch.dtype, group_size: int) -> int:
     """Groups of ``dtype`` elements that fill ``tile`` bytes; a power of two."""

@@ -19,11 +19,11 @@ from ..capture import owner, tensor
 from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
-from ..rows import LOSS_CHUNK
+from ..rows import FEED_FORWARD_CHUNK, LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
-from ..types import Action, Decision, Plan
+from ..types import Action, Decision, Plan, Price
 from .assign import Option, assign
-from .error_model import BOUND_FACTOR, ErrorModel
+from .error_model import ErrorModel, relative_mse
 from .fit import Fit, Judge, fit
 from .formulate import formulate, storable
 from .select import NoCut, follows_rules, select_saved
@@ -54,11 +54,17 @@ class Codecs:
     notes: tuple[str, ...] = ()
     tightened: bool = False  # by the budget, beyond the mode's own target
     rebuilt_us: float | None = None  # what the solver counts for all that is computed again
+    price: Price | None = None
 
     @property
     def by_name(self) -> dict[str, str]:
         """Node name -> codec, compressed ones only."""
         return {node.name: codec for node, codec in self.chosen.items() if codec}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all saved tensors, as stored."""
+        return sum(option.nbytes for option in self.options.values())
 
     @property
     def variance(self) -> float:
@@ -120,12 +126,13 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
     config = model.config
     assert config.budget is not None
     codecs, device = choose_codecs(model, selection), model.device
-    if judge(selection.saved, codecs.chosen).peak <= config.budget:
+    peaks = judge(selection.saved, codecs.chosen)
+    if peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
     coefficients = {
-        **ErrorModel(model.captured, model.classes, everything).coefficients(),
-        **ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients(),
+        **_errors(model, everything).coefficients(),
+        **_errors(model, selection.saved).coefficients(),
     }
     options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
     formulation = formulate(model, options, selection.saved)
@@ -135,12 +142,17 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         formulation,
         config.budget,
         formulation.decision(selection.saved, smallest.chosen),
+        (formulation.decision(selection.saved, codecs.chosen), peaks),
         judge,
         config.plan_seconds,
         max_saved=planned if config.lossy else None,
         max_variance=config.max_error**2 if config.max_error is not None else None,
     )
-    picked = replace(selection, saved=found.saved)
+    notes = selection.notes
+    if found.struck:
+        late = f"the planner ran into its deadline ({config.plan_seconds:g} s)"
+        notes += (f"{late}: another run may find another plan; plan_seconds gives it more",)
+    picked = replace(selection, saved=found.saved, notes=notes)
     return replace(picked, codecs=_described(model, picked, found.codecs, device, found))
 
 
@@ -152,7 +164,7 @@ def _described(
     found: Fit,
 ) -> Codecs:
     """What the solver chose, with the error of each storage among these saved ones."""
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     picked: dict[fx.Node, Option] = {}
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
@@ -165,12 +177,23 @@ def _described(
         found.gap,
         tightened=True,
         rebuilt_us=max(0.0, found.evaluation.time_us - stored_us),
+        price=_price(found),
     )
+
+
+def _price(found: Fit) -> Price | None:
+    if found.price is None:
+        return None
+    return Price(found.price.step_bytes, found.price.more_saves, found.price.less_costs)
+
+
+def _errors(model: MemoryModel, saved: Sequence[fx.Node]) -> ErrorModel:
+    return ErrorModel(model.captured, model.classes, list(saved), model.calibration)
 
 
 def _solve(model: MemoryModel, selection: Selection, device: DeviceProfile, target: int) -> Codecs:
     saved = list(model.storages_of(selection.saved))
-    coefficients = ErrorModel(model.captured, model.classes, list(selection.saved)).coefficients()
+    coefficients = _errors(model, selection.saved).coefficients()
     options = [_options(model, node, coefficients.get(node, 0.0), device) for node in saved]
     max_variance = model.config.max_error**2 if model.config.max_error is not None else None
     if not model.config.lossy:
@@ -192,7 +215,7 @@ def _options(model: MemoryModel, node: fx.Node, coefficient: float, device: Devi
             Option(
                 codec.name,
                 int(codec.encoded_bytes(numel, itemsize)),
-                coefficient * codec.relative_mse,
+                coefficient * relative_mse(model.classes, node, codec, model.calibration),
                 time_us,
             )
         )
@@ -214,9 +237,12 @@ def make_plan(
     ours = model.storages_of(selection.saved)
     before = model.baseline_here
     nodes = sorted({*ours, *before}, key=captured.order.__getitem__)
-    mse = {n: _mse(c) for n, c in codecs.chosen.items()}
-    error_model = ErrorModel(captured, model.classes, list(selection.saved))
-    errors = error_model.gradient_errors(mse)
+    used = {n: get_codec(codec) for n, codec in codecs.chosen.items() if codec}
+    mse = {n: relative_mse(model.classes, n, codec, model.calibration) for n, codec in used.items()}
+    most = {n: max(mse[n], codec.relative_mse) for n, codec in used.items()}
+    error_model = _errors(model, selection.saved)
+    share = error_model.coefficients(error_model.weights)
+    errors = {node: sqrt(share[node] * mse[node]) for node in mse}
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     if codecs.rebuilt_us is not None:
@@ -225,37 +251,50 @@ def make_plan(
         name=name,
         mode=model.config.mode,
         decisions=(
-            *(_decision(model, node, ours, codecs, device) for node in nodes),
+            *(_decision(model, node, ours, codecs, device, errors.get(node, 0.0)) for node in nodes),
             *_dissolved(model, device),
         ),
         baseline_saved_bytes=model.baseline_bytes,
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
-        gradient_error=error_model.whole(errors),
-        gradient_error_bound=BOUND_FACTOR * max(errors, default=0.0),
-        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _logits_again_us(model),
+        gradient_error=error_model.whole(error_model.gradient_errors(mse)),
+        gradient_error_bound=error_model.bound(most),
+        time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _chunks_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,
         budget_bytes=model.config.budget,
         tightened=codecs.tightened,
+        price=codecs.price,
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
-        notes=(*selection.notes, *codecs.notes, *notes, *_unmatched(model)),
+        notes=(*selection.notes, *codecs.notes, *notes, *_calibrated(model), *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
 
 
-def _logits_again_us(model: MemoryModel) -> float:
-    """Time of the matmuls that make a chunked loss's logits a second time, in microseconds."""
+def _chunks_again_us(model: MemoryModel) -> float:
+    """Time of the matmuls that make a chunk's logits or feed-forward a second time, in microseconds."""
     total = 0.0
     for node in model.captured.graph.nodes:
-        if node.meta.get(LOSS_CHUNK) and model.captured.is_backward(node):
+        marked = node.meta.get(LOSS_CHUNK) or node.meta.get(FEED_FORWARD_CHUNK)
+        if marked and model.captured.is_backward(node):
             factor, made = node.args[-2].meta["val"], node.meta["val"]
             flop = 2 * compat.hint(made.numel()) * compat.hint(factor.shape[-1])
             total += flop / model.device.flop_per_us(made.dtype.itemsize)
     return total
+
+
+def _calibrated(model: MemoryModel) -> list[str]:
+    """Whether the stated errors rest on the user's calibration."""
+    given = model.config.calibration
+    if given is None or not model.config.lossy:
+        return []
+    if model.calibration is None:
+        return ["the calibration is not of this graph: its errors are guessed from shapes; calibrate again"]
+    where = f"{given.steps} step{'s' if given.steps > 1 else ''} on {given.device} (torch {given.torch})"
+    return [f"errors are those of the calibration: {where}"]
 
 
 def _unmatched(model: MemoryModel) -> list[str]:
@@ -268,7 +307,12 @@ def _unmatched(model: MemoryModel) -> list[str]:
 
 
 def _decision(
-    model: MemoryModel, node: fx.Node, ours: Mapping[fx.Node, int], codecs: Codecs, device: DeviceProfile
+    model: MemoryModel,
+    node: fx.Node,
+    ours: Mapping[fx.Node, int],
+    codecs: Codecs,
+    device: DeviceProfile,
+    error: float,
 ) -> Decision:
     storage = model.storage(node)
     before = model.baseline_here.get(node, 0)
@@ -290,7 +334,7 @@ def _decision(
         option.codec,
         option.nbytes,
         before,
-        sqrt(option.variance),
+        error,
         option.time_us,
         reason,
     )
@@ -311,10 +355,6 @@ def _dissolved(model: MemoryModel, device: DeviceProfile) -> list[Decision]:
 def get_bits(codec: str) -> int:
     """Payload bits of a codec by name."""
     return get_codec(codec).bits
-
-
-def _mse(codec: str | None) -> float:
-    return get_codec(codec).relative_mse if codec else 0.0
 
 
 def _symbolic_saved(model: MemoryModel, codecs: Codecs) -> str:

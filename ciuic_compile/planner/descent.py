@@ -6,99 +6,124 @@ HiGHS proves bounds but finds little by itself where long chains may be rebuilt;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
-
-from .program import ABSENT, Decision, Evaluation, Problem, evaluate
+from .program import ABSENT, Decision, Problem
+from .state import State
 
 #: Candidates that change together, and what is chosen for them.
 Move = tuple[tuple[int, ...], int]
 _NOTHING = 1e-9
 
+#: A move of a pass is made if it is still worth this share of what it was worth before the others.
+_STILL_GOOD = 0.5
 
-@dataclass(frozen=True)
-class _Point:
-    decision: Decision
-    cost: float
-    excess: float  # bytes over the limits, summed over steps
-
-    def better(self, other: _Point) -> bool:
-        return (self.excess, self.cost) < (other.excess, other.cost)
+#: What a move costs besides the candidates it touches: the sum over all steps.
+_MEASURE = 4
 
 
-def descend(problem: Problem, start: Decision, over: Callable[[], bool]) -> Decision:
+@dataclass
+class Effort:
+    """How long to go on; several descents may share one.
+
+    Attributes:
+        work: candidates that may still be looked at, so that the answer is the same on every machine.
+        late: whether time is up all the same.
+    """
+
+    work: int
+    late: Callable[[], bool] = lambda: False
+
+    def over(self) -> bool:
+        """Whether to stop."""
+        return self.work <= 0 or self.late()
+
+
+#: Which moves: all of them, those of whole groups, those of single candidates.
+ALL, GROUPS, SINGLES = slice(None), slice(1), slice(-1, None)
+
+
+def descend(problem: Problem, start: Decision, effort: Effort, moves: slice = ALL) -> Decision:
     """The decision that greedy moves reach from ``start``: first within the limits, then cheaper.
 
     Args:
         start: a decision in which nothing is missing.
-        over: whether time is up.
     """
-    point = _at(problem, tuple(start))
-    assert point is not None, "the start stores or rebuilds everything that is needed"
-    for moves in _levels(problem):
-        while not over():
-            found = _step(problem, point, moves, over)
-            if found is None:
-                break
-            point = found
-    return point.decision
+    return _Descent(State(problem, start), effort).run(_levels(problem)[moves])
 
 
-def _step(problem: Problem, point: _Point, moves: Sequence[Move], over: Callable[[], bool]) -> _Point | None:
-    """The best of the moves: most excess for its cost while there is any, else the most cost."""
-    best, merit = None, 0.0
-    for members, choice in moves:
-        if over():
-            break
-        changed = list(point.decision)
-        for v in members:
-            changed[v] = choice
-        if tuple(changed) == point.decision:
-            continue
-        found = _at(problem, tuple(changed))
-        if found is None:
-            continue
-        if point.excess > 0:
-            gain = point.excess - found.excess
-            worth = gain / max(found.cost - point.cost, _NOTHING) if gain > 0 else 0.0
-        else:
-            worth = point.cost - found.cost if found.excess == 0 else 0.0
-        if worth > merit * (1 + _NOTHING):
-            best, merit = found, worth
-    return best
+class _Descent:
+    def __init__(self, state: State, effort: Effort) -> None:
+        self.state, self.effort = state, effort
+
+    def run(self, levels: Sequence[Sequence[Move]]) -> Decision:
+        for moves in levels:
+            while self._pass(moves):
+                pass
+        return self.state.result()
+
+    def _pass(self, moves: Sequence[Move]) -> bool:
+        """Make the moves that are worth most, the best first; False if none is."""
+        worth = []
+        for index, move in enumerate(moves):
+            if self.effort.over():
+                return False
+            if (gain := self._worth(move)) > 0:
+                worth.append((-gain, index))
+        moved = False
+        meets_limits = self.state.excess() == 0.0
+        for negative, index in sorted(worth):
+            if self.effort.over():
+                return False
+            if self._worth(moves[index], least=-negative * _STILL_GOOD) > 0:
+                moved = True
+                if not meets_limits and self.state.excess() == 0.0:
+                    break  # from here on another thing is wanted
+        return moved
+
+    def _worth(self, move: Move, least: float | None = None) -> float:
+        """What a move is worth: excess for its cost while there is any, else cost.
+
+        Args:
+            least: the move is made if it is worth so much; else it is only tried.
+        """
+        state = self.state
+        before, over = state.cost(), state.excess()
+        done = state.work
+        undo = state.change(*move)
+        if not undo:
+            return 0.0
+        self.effort.work -= state.work - done + _MEASURE
+        cost, excess = state.cost(), state.excess()
+        worth = 0.0
+        if cost < float("inf"):
+            if over > 0:
+                worth = (over - excess) / max(cost - before, _NOTHING * max(before, 1.0))
+            elif excess == 0:
+                worth = before - cost
+                worth = worth if worth > _NOTHING * before else 0.0
+        if least is None or worth < least or worth <= 0:
+            state.undo(undo)
+        return worth if least is None or worth >= least else 0.0
 
 
-def _at(problem: Problem, decision: Decision) -> _Point | None:
-    found = evaluate(problem, decision)
-    return None if found.missing else _Point(decision, found.cost, _excess(problem, found))
-
-
-def _excess(problem: Problem, found: Evaluation) -> float:
-    excess = 0.0
-    if problem.budget is not None:
-        excess += float(np.maximum(found.live_bytes - problem.budget, 0).sum())
-    if problem.max_saved is not None:
-        excess += max(0, found.saved_bytes - problem.max_saved)
-    if problem.max_variance is not None and found.variance > problem.max_variance:
-        excess += (found.variance / max(problem.max_variance, 1e-30) - 1) * max(1, found.saved_bytes)
-    return excess
-
-
-def _levels(problem: Problem) -> Iterator[list[Move]]:
+def _levels(problem: Problem) -> list[list[Move]]:
     """Moves of whole groups, then of parts of them, then of one candidate."""
     groups: dict[str, list[int]] = {}
     for v, c in enumerate(problem.candidates):
         if c.rebuild is not None or len(c.stores) > 1:
             groups.setdefault(c.group or f"candidate {v}", []).append(v)
-    for parts in (_whole, _parts, _single):
-        yield [
+    return [
+        [
             (tuple(part), choice)
             for members in groups.values()
             for part in parts(members)
             for choice in _choices(problem, members[0])
         ]
+        for parts in (_whole, _parts, _single)
+    ]
 
 
 def _choices(problem: Problem, v: int) -> list[int]:
@@ -111,9 +136,13 @@ def _whole(members: list[int]) -> list[list[int]]:
 
 
 def _parts(members: list[int]) -> list[list[int]]:
-    half = len(members) // 2
-    parts = (members[:half], members[half:], members[::2], members[1::2], members[::3], members[2::3])
-    return [p for p in parts if p and len(p) < len(members)]
+    """Stretches of a half, a quarter and an eighth of the layers, and every second and third layer."""
+    count = len(members)
+    parts = [members[::2], members[1::2], members[::3], members[2::3]]
+    for pieces in (2, 4, 8):
+        ends = [count * i // pieces for i in range(pieces + 1)]
+        parts += [members[a:b] for a, b in pairwise(ends)]
+    return [p for p in parts if 1 < len(p) < count]
 
 
 def _single(members: list[int]) -> list[list[int]]:

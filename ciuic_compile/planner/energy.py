@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..capture import CapturedGraph, numel, tensor
+from ..capture import CapturedGraph, numel, operands, tensor
 from ..classify import Classifier, is_contraction, is_reduction, packet
 
 aten = torch.ops.aten
@@ -51,14 +51,16 @@ class Energy:
     def _power(self) -> dict[fx.Node, float]:
         power: dict[fx.Node, float] = {}
         for node in self._captured.graph.nodes:
-            if node.op == "call_function" and tensor(node) is not None:
-                rule = self._backward if self._captured.is_backward(node) else self._forward
+            if compat.is_symbolic(node):  # a number that products scale by, such as the size of a batch
+                power[node] = max(compat.number(node.meta["val"]) ** 2, 1e-30)
+            elif node.op == "call_function" and tensor(node) is not None:
+                rule = self._backward if node in self._captured.gradients else self._forward
                 power[node] = rule(node, power)
         return power
 
     def _forward(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """1 for statistics and what they normalize; weights shrink a value, numbers and products scale it."""
-        inputs = node.all_input_nodes
+        inputs = operands(node)
         values = [power.get(i, 1.0) for i in inputs if i not in self._classes.from_parameters]
         if packet(node) in SCALED:
             statistics = self._classes.statistics
@@ -69,6 +71,8 @@ class Energy:
             return _scale(node) * prod(values)
         if is_reduction(node) or packet(node) in _OF_ORDER_ONE or not values:
             return 1.0
+        if packet(node) is aten.sub and any(i in self._classes.statistics for i in inputs):
+            return max(values)  # what a mean is taken away of does not grow
         if packet(node) in TERMS:
             return sum(values) + sum(float(a) ** 2 for a in node.args[:2] if isinstance(a, (int, float)))
         if is_contraction(node) and any(i in self._classes.from_parameters for i in inputs):
@@ -76,12 +80,14 @@ class Energy:
         return max(values)
 
     def _backward(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
-        op, inputs = packet(node), node.all_input_nodes
-        gradients = [i for i in inputs if self._captured.is_backward(i)]
+        op, inputs = packet(node), operands(node)
+        gradients = [i for i in inputs if i in self._captured.gradients]
         if compat.is_getitem(node):
             return self._of_output(node, power)
         if op in SCALED:
-            return _scale(node) * prod(power.get(i, 1.0) for i in inputs)
+            divisors = [i for i in inputs[1:] if op is aten.div and compat.is_symbolic(i)]
+            product = prod(power.get(i, 1.0) for i in inputs if i not in divisors)
+            return _scale(node) * product / prod(power[i] for i in divisors)
         if op is aten.sub:
             return self._difference(node, power)
         if op is aten.add:

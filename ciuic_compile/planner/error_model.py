@@ -20,8 +20,10 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..capture import CapturedGraph, numel
+from ..calibration import GraphCalibration
+from ..capture import CapturedGraph, numel, operands
 from ..classify import Classifier, packet
+from ..codecs import Codec
 from ..types import TensorClass
 from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
 
@@ -41,6 +43,8 @@ GROUP_SIZE = 64
 
 #: Gain of a convolution's output: batch norm removes its mean, which the codec's error is relative to.
 CENTRED = 2.0
+
+_SPECIAL = {"": 1.0, "/mixed": MIXED, "/convolution": CENTRED}
 
 #: How far the guessed shares of the gradients are trusted; the rest goes by numbers of elements.
 TRUST = 0.7
@@ -66,18 +70,30 @@ class ErrorModel:
         captured: the joint graph.
         classes: its classifier.
         saved: nodes that live from forward to backward; errors start there.
+        measured: shares and gains that were measured of this graph; None: shares are guessed, gains 1.
     """
 
-    def __init__(self, captured: CapturedGraph, classes: Classifier, saved: list[fx.Node]) -> None:
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        classes: Classifier,
+        saved: list[fx.Node],
+        measured: GraphCalibration | None = None,
+    ) -> None:
         self._captured = captured
         self._classes = classes
         self._saved = set(saved)
+        self._measured = measured
         self._energy = Energy(captured, classes)
 
-    def coefficients(self) -> dict[fx.Node, float]:
-        """For each saved node, d(variance of the whole gradient) / d(its codec's relative_mse)."""
+    def coefficients(self, weights: Sequence[float] | None = None) -> dict[fx.Node, float]:
+        """For each saved node, d(variance of the whole gradient) / d(its codec's relative_mse).
+
+        Args:
+            weights: of the gradient outputs; :attr:`cautious` ones, to plan by, by default.
+        """
         weight: dict[fx.Node, float] = {}
-        for node, share in zip(self._captured.bwd_outputs, self.weights, strict=True):
+        for node, share in zip(self._captured.bwd_outputs, weights or self.cautious, strict=True):
             weight[node] = weight.get(node, 0.0) + share
         for node in reversed(self._sweep):
             for source, share in self._shares[node].items():
@@ -86,7 +102,17 @@ class ErrorModel:
 
     def gradient_errors(self, mse: Mapping[fx.Node, float]) -> list[float]:
         """Relative error (standard deviation) of each gradient output, given each saved node's mse."""
-        variance = {n: m * self._gain(n) for n, m in mse.items()}
+        return self._propagate({n: m * self._gain(n) for n, m in mse.items()})
+
+    def bound(self, mse: Mapping[fx.Node, float]) -> float:
+        """What no parameter's relative error should exceed.
+
+        A gain below 1 was measured on the whole gradient and holds for no single parameter.
+        """
+        least = {n: m * max(self._gain(n), self._shape_gain(n)) for n, m in mse.items()}
+        return BOUND_FACTOR * max(self._propagate(least), default=0.0)
+
+    def _propagate(self, variance: dict[fx.Node, float]) -> list[float]:
         for node in self._sweep:
             variance[node] = sum(s * variance.get(i, 0.0) for i, s in self._shares[node].items())
         return [sqrt(variance.get(n, 0.0)) for n in self._captured.bwd_outputs]
@@ -98,18 +124,35 @@ class ErrorModel:
     @cached_property
     def weights(self) -> list[float]:
         """Share of each gradient output in the energy of the whole gradient; they add up to 1."""
-        gradients = self._captured.bwd_outputs
-        guessed, sizes = [self._energy.total(n) for n in gradients], [numel(n) for n in gradients]
-        return [
-            TRUST * g / sum(guessed) + (1 - TRUST) * s / sum(sizes)
-            for g, s in zip(guessed, sizes, strict=True)
-        ]
+        if self._measured is not None:
+            return list(self._measured.shares)
+        guessed = [self._energy.total(n) for n in self._captured.bwd_outputs]
+        return [TRUST * g / sum(guessed) + (1 - TRUST) * s for g, s in zip(guessed, self._sizes, strict=True)]
+
+    @cached_property
+    def cautious(self) -> list[float]:
+        """Weights to plan by: what counts little in the whole gradient is not given up for that.
+
+        Optimizers that scale each parameter by itself (Adam) read every gradient. No weight is below that of
+        :attr:`weights`, so a plan within an error by these is within it by those.
+        """
+        if self._measured is None:
+            return self.weights
+        rest = (1 - TRUST) / TRUST
+        return [w + rest * s for w, s in zip(self.weights, self._sizes, strict=True)]
+
+    @cached_property
+    def _sizes(self) -> list[float]:
+        """Share of each gradient output in the number of elements."""
+        sizes = [numel(n) for n in self._captured.bwd_outputs]
+        return [s / sum(sizes) for s in sizes]
 
     def _gain(self, node: fx.Node) -> float:
-        gain = GAIN.get(self._classes.kind(node), 1.0)
-        if self._classes.is_mixed(node, GROUP_SIZE):
-            return gain * MIXED
-        return gain * CENTRED if packet(node) is aten.convolution else gain
+        gains = self._measured.gains if self._measured is not None else {}
+        return self._shape_gain(node) * gains.get(group_of(self._classes, node), 1.0)
+
+    def _shape_gain(self, node: fx.Node) -> float:
+        return GAIN.get(self._classes.kind(node), 1.0) * _SPECIAL[_special(self._classes, node)]
 
     @cached_property
     def _sweep(self) -> list[fx.Node]:
@@ -118,7 +161,7 @@ class ErrorModel:
         stack = list(self._captured.bwd_outputs)
         while stack:
             node = stack.pop()
-            if node in needed or node.op == "placeholder" or not self._captured.is_backward(node):
+            if node in needed or node.op == "placeholder" or node not in self._captured.gradients:
                 continue
             needed.add(node)
             stack.extend(node.all_input_nodes)
@@ -138,7 +181,7 @@ class ErrorModel:
 
     def _operands(self, node: fx.Node) -> dict[fx.Node, float]:
         """The operands of a backward node whose errors it inherits, and how far."""
-        inputs = node.all_input_nodes
+        inputs = operands(node)
         if compat.is_getitem(node):
             return _of_output(inputs[0], node.args[1])
         if packet(node) in TERMS and node not in self._accumulated:
@@ -148,7 +191,7 @@ class ErrorModel:
                 shares[inputs[0]] = min(1.0, shares[inputs[0]])
             return shares
         if packet(node) in _SUMS - TERMS:
-            inputs = [i for i in inputs if self._captured.is_backward(i)]
+            inputs = [i for i in inputs if i in self._captured.gradients]
             return dict.fromkeys(inputs, 1.0 / max(1, len(inputs)))
         return dict.fromkeys(inputs, 1.0)
 
@@ -166,23 +209,23 @@ class ErrorModel:
 
     def _roots_of(self, node: fx.Node) -> Mapping[fx.Node, float]:
         """A backward node stands for itself, a forward one for the saved values it is rebuilt from."""
-        if self._captured.is_backward(node):
+        if node in self._captured.gradients:
             return {node: 1.0}
         roots = self._roots[node]
-        if node in self._linear or node in self._classes.used_forward:
-            return roots
+        if node in self._linear or node in self._classes.used_forward or self._captured.is_backward(node):
+            return roots  # of a forward value made again it is not known whether it is part of a derivative
         return {root: share * DERIVATIVE for root, share in roots.items()}
 
     @cached_property
     def _rebuilt(self) -> list[fx.Node]:
         """Forward values that the backward reads or rebuilds on the way to them, in topological order."""
         found: set[fx.Node] = set()
-        stack = [i for n in self._sweep for i in n.all_input_nodes if not self._captured.is_backward(i)]
+        stack = [i for n in self._sweep for i in n.all_input_nodes if i not in self._captured.gradients]
         while stack:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                stack.extend([] if node in self._saved else node.all_input_nodes)
+                stack.extend([] if node in self._saved else operands(node))
         return sorted(found, key=self._captured.order.__getitem__)
 
     @cached_property
@@ -217,10 +260,29 @@ class ErrorModel:
         """Inputs that may carry an error: none of a value that is itself exact."""
         if node in self._classes.exact:
             return []
-        return [i for i in node.all_input_nodes if self._is_inexact(i)]
+        return [i for i in operands(node) if self._is_inexact(i)]
 
     def _is_inexact(self, node: fx.Node) -> bool:
         return node not in self._classes.exact and self._classes.kind(node) not in _EXACT
+
+
+def group_of(classes: Classifier, node: fx.Node) -> str:
+    """What a calibration measures together: tensors of one class that have one constant here."""
+    return classes.kind(node).value + _special(classes, node)
+
+
+def relative_mse(
+    classes: Classifier, node: fx.Node, codec: Codec, measured: GraphCalibration | None = None
+) -> float:
+    """The codec's relative mean squared error on a saved tensor: measured, else that on Gaussian data."""
+    known = measured.mse.get(group_of(classes, node), {}) if measured is not None else {}
+    return known.get(codec.name, codec.relative_mse)
+
+
+def _special(classes: Classifier, node: fx.Node) -> str:
+    if classes.is_mixed(node, GROUP_SIZE):
+        return "/mixed"
+    return "/convolution" if packet(node) is aten.convolution else ""
 
 
 def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:

@@ -11,13 +11,16 @@ from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
-from .solve import Infeasible, Solution, solve
+from .solve import Infeasible, Price, Solution, prices, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
-_ROUNDS = 4
+#: Shares of the deadline for one answer after the other; those after the first go on from it.
+_SHARES = (0.4, 0.25, 0.15, 0.1)
 _GAP = 0.005
+#: Bytes of budget that the prices are for; at most a tenth of it.
+_STEP = 2**30
 #: Room under the budget that is worth one more round, as a share of it.
 _ROOM = 0.02
 
@@ -30,20 +33,26 @@ class Fit:
         evaluation: what the decision does in the program; its cost is microseconds, error counted in.
         bound: no decision within the program's limits costs less.
         gap: ``(cost - bound) / cost``.
+        struck: the deadline ended the search.
+        price: what more and less of budget would change, by the program.
     """
 
     saved: tuple[fx.Node, ...]
     codecs: Mapping[fx.Node, str | None]
     peaks: Peaks
+    decision: Decision
     evaluation: Evaluation
     bound: float = 0.0
     gap: float = 1.0
+    struck: bool = False
+    price: Price | None = None
 
 
 def fit(
     formulation: Formulation,
     budget: int,
     start: Decision,
+    judged_before: tuple[Decision, Peaks],
     judge: Judge,
     seconds: float,
     max_saved: int | None = None,
@@ -56,6 +65,7 @@ def fit(
 
     Args:
         start: a decision that saves little.
+        judged_before: another decision, over the budget, and what the judge said of it.
         judge: says what the rewritten graphs take.
         seconds: deadline for everything.
 
@@ -66,28 +76,34 @@ def fit(
 
     def judged(decision: Decision) -> Fit:
         saved, codecs = formulation.saved(decision), formulation.stored(decision)
-        return Fit(saved, codecs, judge(saved, codecs), evaluate(problem, decision))
+        return Fit(saved, codecs, judge(saved, codecs), decision, evaluate(problem, decision))
 
-    starts, tried = [start], [judged(start)]
-    for _ in range(_ROUNDS):
-        drift = tried[-1].peaks.peak - tried[-1].evaluation.peak_bytes
-        solution = solve(replace(problem, budget=budget - drift), seconds / _ROUNDS, _GAP, starts)
+    first, peaks = judged_before
+    drift = peaks.peak - evaluate(problem, first).peak_bytes
+    starts, tried, warm, struck = [start], list[Fit](), None, False
+    for share in _SHARES:
+        solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)
         if solution.decision is None or solution.decision in starts:
             break
-        starts.append(solution.decision)
+        starts.append(warm := solution.decision)
         found = judged(solution.decision)
         if not isinstance(solution, Infeasible):
+            struck |= solution.struck
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
+        drift = found.peaks.peak - found.evaluation.peak_bytes
         room = budget - found.peaks.peak
         if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
-        return min(fitting, key=lambda f: f.evaluation.cost)
+        best = min(fitting, key=lambda f: f.evaluation.cost)
+        limited = replace(problem, budget=max(budget - drift, best.evaluation.peak_bytes))
+        price = prices(limited, best, min(_STEP, budget // 10), seconds * _SHARES[-1], _GAP)
+        return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
-    certificate = solve(replace(problem, budget=0), seconds / _ROUNDS, _GAP, [start])
-    least = tried[0]
+    certificate = solve(replace(problem, budget=0), seconds, _GAP, starts)
+    least = min([judged(start), *tried], key=lambda f: f.peaks.peak)
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
     if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):

@@ -14,9 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
-from scipy.sparse import csr_array
 
-from .descent import descend
+from .descent import ALL, GROUPS, SINGLES, Effort, descend
 from .highs import quiet_milp
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
 from .relaxation import Relaxation
@@ -36,8 +35,21 @@ _TIES = (2e-7, 2e-8)
 #: More 0/1 columns than this are first reduced by the linear relaxation.
 _SMALL = 400
 
-#: Share of the time for greedy moves, and how much less of peak they are asked for at a time.
-_GREEDY, _TIGHTER = 0.3, 0.95
+#: Share of the time for greedy moves, counted in work, and how much of what is left the clock allows them.
+_GREEDY, _GUARD = 0.5, 0.8
+
+#: Budgets tried for the smallest peak, each halfway between what was and what was not reached.
+_HALVINGS = 6
+
+#: Candidates that greedy moves look at in a second: half of what two shared cores (x86-64) did.
+_WORK_PER_SECOND = 1e5
+
+#: HiGHS's seconds for an integer program, an element of its matrix, zeros included: transformers of 48 layers
+#: took half to twice of it. What exceeds a share of the allowance together is not begun.
+_SECONDS_A_CELL, _INTEGER = 8e-9, 0.6
+
+#: Relaxations solved of a large problem.
+_RELAXATIONS = 8
 
 #: Peak rows added at a time.
 _ROWS = 12
@@ -68,11 +80,14 @@ class Search:
     Args:
         metric: "any" stops at the first decision within the limits.
         gap: relative gap at which to stop.
+        starts: decisions that the answer is no worse than.
+        warm: where greedy moves begin; by default at the cheapest choices, whatever they take.
 
     Attributes:
         best: the best decision within the limits so far, with its evaluation.
         bound: no such decision has a smaller measure.
         infeasible: there is none, proved.
+        struck: the deadline ended something; another run may find something else.
     """
 
     def __init__(
@@ -82,9 +97,12 @@ class Search:
         seconds: float,
         gap: float,
         starts: Sequence[Decision] = (),
+        warm: Decision | None = None,
     ) -> None:
-        self.problem, self.metric, self.starts = problem, metric, starts
-        self.clock = Clock(seconds)
+        self.problem, self.metric, self.starts, self.warm = problem, metric, starts, warm
+        self.clock, self.allowed = Clock(seconds), seconds
+        self.struck = False
+        self.expected = 0.0
         self.target = max(gap, EXACT)
         self.best: tuple[Decision, Evaluation] | None = None
         self.bound = 0.0
@@ -152,20 +170,43 @@ class Search:
             rebuilt.append(ABSENT if c.rebuild else small[-1])
         for choices in (cheap, small, rebuilt):
             self.offer(tuple(choices))
-        if not self.clock.over() and not evaluate(self.problem, cheap).missing:
-            self._descend(tuple(cheap))
+        if self.clock.over() or evaluate(self.problem, cheap).missing:
+            return
+        if self.warm is not None and self.metric == "cost":
+            near = descend(self.problem, self.warm, self._effort(_GREEDY), SINGLES)
+            if self.offer(near).feasible:
+                return
+        self._descend(self.best[0] if self.best and self.metric == "peak" else tuple(cheap))
 
     def _descend(self, start: Decision) -> None:
         """What greedy moves find; for the smallest peak, under one budget after the other."""
-        clock = Clock(_GREEDY * self.clock.left())
+        effort = self._effort(_GREEDY)
         if self.metric in ("cost", "any"):
-            self.offer(descend(self.problem, start, clock.over))
-        budget = self.best[1].peak_bytes if self.best else evaluate(self.problem, start).peak_bytes
-        while self.metric == "peak" and not clock.over():
-            budget = int(budget * _TIGHTER)
-            start = descend(replace(self.problem, budget=budget), start, clock.over)
-            if self.offer(start).peak_bytes > budget:
-                break
+            self.offer(descend(self.problem, start, effort))
+        if self.metric != "peak" or not self.problem.base:
+            return
+        high = evaluate(self.problem, start).peak_bytes
+        for moves in (GROUPS, ALL):
+            low = max(self.problem.base)
+            for _ in range(_HALVINGS):
+                if effort.over():
+                    return
+                budget = (low + high) // 2
+                found = descend(replace(self.problem, budget=budget), start, effort, moves)
+                peak = self.offer(found).peak_bytes
+                if peak < high:
+                    high, start = peak, found
+                if peak > budget:
+                    low = budget
+
+    def _effort(self, share: float) -> Effort:
+        left = Clock(_GUARD * self.clock.left())
+
+        def late() -> bool:
+            self.struck |= left.over()
+            return left.over()
+
+        return Effort(int(_WORK_PER_SECOND * share * self.allowed), late)
 
     # -- the program
 
@@ -251,59 +292,57 @@ class Search:
             if self.metric == "any" and self.best is not None:
                 return
 
-    def _round(self, merge: NDArray[np.int64] | None = None, seconds: float | None = None) -> bool | None:
+    def _round(self, linear: bool = False) -> bool | None:
         """Solve the rows so far once; None when there is no more to do.
 
         Args:
-            merge: for each 0/1 column the one that it must equal; such a round finds, but proves nothing.
-            seconds: most seconds for this round.
+            linear: columns between 0 and 1; its answer is rounded, and is only good for greedy moves to mend.
         """
         rows = self.relaxation.rows()
         objective, scale, ties = self._objective()
         lower, upper = self._capped()
         binaries = self.relaxation.binaries
         integral = np.zeros(self.relaxation.columns)
-        integral[:binaries] = 1
-        limit = self.clock.left() if seconds is None else min(seconds, self.clock.left())
+        integral[:binaries] = 0 if linear else 1
         self.rounds += 1
         if self.relaxation.columns == 0:
             self.offer(())
             self.infeasible = self.best is None
             return None
-        matrix = rows.matrix
-        spread = np.arange(self.relaxation.columns)
-        if merge is not None:
-            merged = np.concatenate([merge, spread[binaries:]])
-            kept, spread = np.unique(merged, return_inverse=True)
-            join = csr_array(
-                (np.ones(spread.size), (np.arange(spread.size), spread)), shape=(spread.size, kept.size)
-            )
-            matrix, objective, integral = matrix @ join, objective @ join, integral[kept]
-            lower = np.array([lower[merged == k].max() for k in kept])
-            upper = np.array([upper[merged == k].min() for k in kept])
-            if (lower > upper).any():
-                return None
+        if not linear and not self._affordable(rows.matrix.shape):
+            return None
         result = quiet_milp(
             objective,
             integrality=integral,
             bounds=Bounds(lower, upper),
-            constraints=LinearConstraint(matrix, rows.low, rows.high),
-            options={"mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2, "time_limit": limit},
+            constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
+            options={
+                "mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2,
+                "time_limit": self.clock.left(),
+            },
         )
         before = self.best
-        if merge is None:
-            self._learn(result.status, result.mip_dual_bound, scale, ties)
+        self.struck |= result.status == 1
+        self._learn(result.status, result.fun if linear else result.mip_dual_bound, scale, ties)
         if result.x is None:
             return None
-        x = result.x[spread]
-        raw = self.relaxation.decision(x)
+        raw = self.relaxation.decision(result.x)
         found = self.offer(raw)
+        if self.metric == "cost" and not found.feasible and not found.missing:
+            self.offer(descend(self.problem, tidy(self.problem, raw), self._effort(0.1)))
         if self.gap() <= self.target and self.best is not None:
             return None
-        if self._separate(tidy(self.problem, raw), x, found):
+        if self._separate(tidy(self.problem, raw), result.x, found, rounded=linear):
             return True
         # Optimal for HiGHS and yet a gap: the costs were scaled to a worse answer; scale to this one.
-        return True if result.status == 0 and merge is None and self.best is not before else None
+        return True if result.status == 0 and not linear and self.best is not before else None
+
+    def _affordable(self, shape: tuple[int, int]) -> bool:
+        """Whether an integer program of this size is likely to end in time; no clock is asked."""
+        if self.relaxation.binaries <= _SMALL:
+            return True
+        self.expected += _SECONDS_A_CELL * shape[0] * shape[1]
+        return self.expected <= _INTEGER * self.allowed
 
     def _learn(self, status: int, dual: float | None, scale: float, ties: float) -> None:
         """Raise the bound by what HiGHS proved."""
@@ -321,8 +360,8 @@ class Search:
 
     # -- rows for what the simulator rejects
 
-    def _separate(self, decision: Decision, x: Floats, found: Evaluation) -> bool:
-        """Add rows that this point breaks; False if it breaks none."""
+    def _separate(self, decision: Decision, x: Floats, found: Evaluation, rounded: bool = False) -> bool:
+        """Add rows that this point breaks; False if it breaks none that could be added."""
         relaxation, problem = self.relaxation, self.problem
         limit = np.inf if problem.budget is None else float(problem.budget)
         if self.metric == "peak":
@@ -330,7 +369,7 @@ class Search:
         added = [relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]
         if any(added):
             return True
-        if found.feasible:
+        if found.feasible or rounded:
             return False
         self._cut(x, found)
         return True
@@ -362,35 +401,10 @@ class Search:
     # -- large problems
 
     def _large(self) -> None:
-        """First a bound, then answers with one choice for each group, and for each block of its layers."""
-        for _ in range(2):
-            if self._round(None, 0.2 * self.clock.left()) is None or self.infeasible:
-                break
-        if self.best is not None and self.gap() <= self.target:
-            return
-        for blocks in (1, 4, 16):
-            merge = self._merged(blocks)
-            if merge is None:
+        """Relaxations, whose answers are rounded and mended, before any integer program."""
+        for _ in range(_RELAXATIONS):
+            if self.clock.over() or self._round(linear=True) is None or self.infeasible:
                 return
-            clock = Clock(0.1 * self.clock.left())
-            while not self.clock.over() and not clock.over() and not self.infeasible:
-                if self._round(merge, clock.left()) is None:
-                    break
-
-    def _merged(self, blocks: int) -> NDArray[np.int64] | None:
-        """For each 0/1 column the first of its kind in its block of its group; None without groups."""
-        groups: dict[str, list[int]] = {}
-        for v, c in enumerate(self.problem.candidates):
-            if c.group is not None and self.relaxation.ranges[v] is not None:
-                groups.setdefault(c.group, []).append(v)
-        if all(len(members) < 2 for members in groups.values()):
-            return None
-        merge = np.arange(self.relaxation.binaries)
-        for members in groups.values():
-            for position, v in enumerate(members):
-                first = members[-(-(position * blocks // len(members)) * len(members) // blocks)]
-                merge[self.relaxation.present(v)] = self.relaxation.present(first)
-        return merge
 
 
 def _worst(live: NDArray[np.int64] | Floats, limit: float) -> list[int]:

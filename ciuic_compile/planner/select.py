@@ -17,8 +17,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from torch import fx
 
-from .. import compat, ops
-from ..capture import CapturedGraph, owner, tensor
+from .. import compat
+from ..capture import CapturedGraph, operands, owner, tensor
 from ..classify import REBUILDABLE_RANDOM, Classifier, is_contraction, is_reduction, packet
 
 _INF = 2**30
@@ -156,8 +156,7 @@ def _skip_sources(captured: CapturedGraph) -> set[fx.Node]:
     depth: dict[fx.Node, int] = {}
     skips: set[fx.Node] = set()
     for node in captured.savable:
-        waits = node.target is ops.AFTER  # for values of other chunks, which it does not add to its own
-        inputs = [i for i in node.all_input_nodes[: 1 if waits else None] if i in depth]
+        inputs = [i for i in operands(node) if i in depth]
         depth[node] = max((depth[i] for i in inputs), default=0) + is_contraction(node)
         if is_contraction(node) or len(inputs) < 2:
             continue

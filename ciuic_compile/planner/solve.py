@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Literal, Protocol
 
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, live_at
 from .search import EXACT, Search
@@ -29,6 +29,7 @@ class Solution:
         bound: no decision within the limits costs less.
         gap: ``(cost - bound) / cost``; 0.0 where it is below HiGHS's own tolerance (1e-6).
         rounds: programs solved.
+        struck: the deadline ended something; another run may find another answer.
     """
 
     decision: Decision
@@ -36,6 +37,17 @@ class Solution:
     bound: float
     gap: float
     rounds: int
+    struck: bool = False
+
+
+class Decided(Protocol):
+    """A decision and what it does."""
+
+    @property
+    def decision(self) -> Decision: ...
+
+    @property
+    def evaluation(self) -> Evaluation: ...
 
 
 @dataclass(frozen=True)
@@ -93,25 +105,31 @@ class Price:
 
 
 def solve(
-    problem: Problem, deadline_s: float = 10.0, gap: float = 0.005, starts: Sequence[Decision] = ()
+    problem: Problem,
+    deadline_s: float = 10.0,
+    gap: float = 0.005,
+    starts: Sequence[Decision] = (),
+    warm: Decision | None = None,
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
-    The answer is the same every time, on every machine, unless a share of the deadline runs out first.
+    The answer is the same every time, on every machine, unless the deadline ends the search (``struck``):
+    what is tried within it is counted in work, of which a machine of today does twice as much in that time.
 
     Args:
         deadline_s: seconds after which the best decision so far is returned, with its gap.
         gap: relative distance to the optimum that is good enough; 0.0 asks for the optimum.
         starts: decisions known to be good; the answer is no worse than those within the limits.
+        warm: the answer to a problem like this one, to go on from.
     """
-    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts)
+    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm)
     search.run()
     found = _solution(search)
     if found is not None:
         return found
     left = max(deadline_s - search.clock.elapsed(), 0.1 * deadline_s)
     if problem.budget is not None:
-        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap)
+        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap, starts)
         if peak is not None and peak.peak_bytes <= problem.budget:
             assert infeasible.decision is not None
             again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
@@ -119,7 +137,7 @@ def solve(
             again.bound = search.bound
             found = _solution(again)
             assert found is not None
-            return replace(found, rounds=search.rounds + infeasible.rounds)
+            return replace(found, rounds=search.rounds + infeasible.rounds, struck=search.struck)
         if peak is not None or not infeasible.proved:
             return replace(
                 infeasible,
@@ -143,14 +161,19 @@ def _solution(search: Search) -> Solution | None:
         return None
     decision, evaluation = search.best
     gap = search.gap()
-    return Solution(decision, evaluation, search.bound, gap if gap > EXACT else 0.0, search.rounds)
+    gap = gap if gap > EXACT else 0.0
+    return Solution(decision, evaluation, search.bound, gap, search.rounds, search.struck)
 
 
 def _smallest(
-    problem: Problem, metric: Literal["peak", "saved", "variance"], seconds: float, gap: float
+    problem: Problem,
+    metric: Literal["peak", "saved", "variance"],
+    seconds: float,
+    gap: float,
+    starts: Sequence[Decision] = (),
 ) -> tuple[Evaluation | None, Infeasible]:
     """Least peak, saved bytes or variance; ``proved`` says here that there is no decision at all."""
-    search = Search(problem, metric, seconds, gap)
+    search = Search(problem, metric, seconds, gap, starts)
     search.run()
     limit: Literal["budget", "saved", "variance"] = "budget" if metric == "peak" else metric
     if search.best is None:
@@ -202,7 +225,7 @@ def _live(problem: Problem, found: Infeasible, most: int = 12) -> tuple[Live, ..
 
 def prices(
     problem: Problem,
-    solution: Solution,
+    solution: Decided,
     step_bytes: int | None = None,
     deadline_s: float = 2.0,
     gap: float = 0.005,
@@ -218,10 +241,10 @@ def prices(
     step = step_bytes if step_bytes is not None else max(1, min(2**30, problem.budget // 10))
     if step <= 0:
         raise ValueError(f"the step must be positive, not {step}")
-    cost = solution.evaluation.cost
-    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [solution.decision])
+    cost, found = solution.evaluation.cost, solution.decision
+    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [found], warm=found)
     assert isinstance(more, Solution), "what fits the budget fits a larger one"
-    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap)
+    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap, warm=found)
     search.run()
     less = _solution(search)
     return Price(

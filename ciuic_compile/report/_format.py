@@ -6,6 +6,8 @@ import math
 import os
 import re
 
+from ciuic_compile.types import Plan
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _INDEX = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
 
@@ -116,3 +118,14 @@ def short_file(path: str) -> str:
         return slashed[len(here) :]
     parts = slashed.split("/")
     return slashed if len(parts) <= 3 else ".../" + "/".join(parts[-2:])
+
+
+def price_sentence(plan: Plan) -> str:
+    """What more or less of the budget would change: ``1.0 GiB more saves 3.1 ms a step, ...``."""
+    if plan.price is None:
+        return ""
+    step, less = size(plan.price.step_bytes), plan.price.less_costs_us
+    more = duration(plan.price.more_saves_us).lstrip("+")
+    costs = "is more than any plan found can do" if less is None else f"costs {duration(less).lstrip('+')}"
+    weighed = ", gradient error weighed in" if plan.gradient_error else ""
+    return f"{step} more saves {more} a step, {step} less {costs}{weighed}"

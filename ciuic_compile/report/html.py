@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ciuic_compile.report._format import duration, factor, percent, short_file, size
+from ciuic_compile.report._format import duration, factor, percent, price_sentence, short_file, size
 from ciuic_compile.report.summary import KEPT, RECOMPUTED, action_label, reason_of, summarize
 from ciuic_compile.types import Plan
 
@@ -17,6 +17,7 @@ def render_html(plan: Plan) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(size=size, percent=percent, duration=duration, factor=factor, share=_share)
+    environment.globals.update(price_sentence=price_sentence)
     environment.globals.update(label=action_label, reason=reason_of, short_file=short_file, tone=_tone)
     return environment.from_string(_TEMPLATE).render(p=plan, s=summarize(plan)) + "\n"
 
@@ -74,6 +75,9 @@ dynamic shapes (sizes as first traced){% endif %}. All figures are estimates mad
 </table>
 <p>Planned cost: {{ duration(p.time_us) }} a step; gradient error {{ percent(p.gradient_error) }} in all,
 at most {{ percent(p.gradient_error_bound) }} in any parameter.</p>
+{% if price_sentence(p) %}
+<p>Price of the budget: {{ price_sentence(p) }}.</p>
+{% endif %}
 {% for note in p.notes %}
 <p>Note: {{ note }}</p>
 {% endfor %}

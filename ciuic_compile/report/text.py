@@ -14,6 +14,7 @@ from ciuic_compile.report._format import (
     factor,
     op_label,
     percent,
+    price_sentence,
     short_file,
     size,
 )
@@ -92,12 +93,19 @@ def _head(plan: Plan, full: bool) -> list[str]:
         *_device(plan),
         f"  saved  Inductor {size(saved[0])}{tensors}, planned {size(saved[1])}: {factor(*saved)}",
         cost,
+        *_price(plan),
     ]
     if full and plan.symbolic_saved_bytes:
         lines.append(f"  saved bytes as an expression: {ascii_line(plan.symbolic_saved_bytes)}")
     if full and plan.lower_bound:
         lines.append(f"  optimiser: lower bound {plan.lower_bound:.6g}, gap {percent(plan.gap)}")
     return lines
+
+
+def _price(plan: Plan) -> list[str]:
+    """What more or less of the budget is worth."""
+    sentence = price_sentence(plan)
+    return [f"  price  {sentence}"] if sentence else []
 
 
 def _device(plan: Plan) -> list[str]:

@@ -12,6 +12,12 @@ NAMES = (
     "int8_group32",
     "int8_group64",
     "int8_group256",
+    "int6_group32",
+    "int6_group64",
+    "int6_group256_affine",
+    "int5_group32",
+    "int5_group64",
+    "int5_group128_affine",
     "int4_group32",
     "int4_group64",
     "int4_group128",
@@ -19,6 +25,8 @@ NAMES = (
     "int4_group64_affine",
     "int4_group128_affine",
 )
+CHOSEN = ("int8_group64", "int6_group64", "int5_group64", "int4_group64_affine", "int4_group64")
+"""What the planner considers at the default group size."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (0, 1, 63, 64, 65, 1000, 20000)  # 20000: several programs of a kernel, and a tail
 

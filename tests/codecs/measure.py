@@ -15,8 +15,9 @@ import torch
 from ciuic_compile.codecs._group import IntGroupCodec
 from tests.codecs.cases import NAMES, codec_named
 
-ENCODE = ((4096, 4), (4096, 2), (8192, 4), (8192, 8), (16384, 8))  # (bytes a program, warps)
-DECODE = ((2048, 4), (4096, 4), (2048, 2))
+# (bytes a program, warps)
+ENCODE = ((4096, 4), (4096, 2), (8192, 4), (8192, 2), (8192, 8), (16384, 4), (16384, 8))
+DECODE = ((2048, 4), (4096, 4), (2048, 2), (4096, 2), (8192, 4), (8192, 2), (16384, 4))
 
 
 def error() -> None:
@@ -44,6 +45,7 @@ def bandwidth() -> None:
         return float(triton.testing.do_bench(run, warmup=5, rep=40, return_mode="median"))
 
     core.launch = launch
+    core.PART_TILE = 0  # try the sizes below as they are
     print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1 << 29, device="cuda", dtype=dtype)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.codecs.cases import awkward, codec_named, same_bits
+from tests.codecs.cases import CHOSEN, awkward, codec_named, same_bits
 
 pytestmark = pytest.mark.gpu
-CHOSEN = ("int8_group64", "int4_group64", "int4_group64_affine")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.codecs.cases import DTYPES, NAMES, NUMELS, awkward, codec_named, same_bits
+from tests.codecs.cases import CHOSEN, DTYPES, NAMES, NUMELS, awkward, codec_named, same_bits
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -45,7 +45,7 @@ def test_kernel_equals_reference(name: str, dtype: torch.dtype, device: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int8_group64", "int4_group64", "int4_group64_affine"])
+@pytest.mark.parametrize("name", CHOSEN)
 def test_ordinary_tensors_take_the_fast_path(name: str, dtype: torch.dtype, device: str) -> None:
     """No program of these meets a special value: the other branch of every kernel."""
     codec = codec_named(name)
@@ -58,7 +58,12 @@ def test_ordinary_tensors_take_the_fast_path(name: str, dtype: torch.dtype, devi
 
 
 def test_ties_round_to_even(device: str) -> None:
-    for name, bound in (("int8_group32", 127), ("int4_group32", 7)):
+    for name, bound in (
+        ("int8_group32", 127),
+        ("int6_group32", 31),
+        ("int5_group32", 15),
+        ("int4_group32", 7),
+    ):
         codec = codec_named(name)
         x = torch.arange(32, device=device).sub(16).remainder(2 * bound - 1).sub(bound - 1) + 0.5
         x[0] = float(bound)  # the scale is exactly 1
@@ -91,7 +96,9 @@ class Poisoned:
         return all(bool((buffer[end:] == self.byte).all()) for buffer, end in self.buffers)
 
 
-@pytest.mark.parametrize("name", ["int8_group64", "int4_group64", "int4_group32_affine"])
+@pytest.mark.parametrize(
+    "name", ["int8_group64", "int6_group64", "int5_group32_affine", "int4_group64", "int4_group32_affine"]
+)
 def test_every_byte_is_written_and_none_beyond(
     name: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

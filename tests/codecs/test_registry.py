@@ -9,16 +9,20 @@ import pytest
 import sympy
 import torch
 
+from ciuic_compile.analyze import LOSSY_CODECS
 from ciuic_compile.codecs import CODECS, get_codec
 from ciuic_compile.errors import OptionError
-from tests.codecs.cases import NAMES, codec_named
+from tests.codecs.cases import CHOSEN, NAMES, codec_named
 
 
 def test_names_are_canonical() -> None:
     for name in NAMES:
         assert get_codec(name).name == name
         assert get_codec(name) == get_codec(name) and hash(get_codec(name)) == hash(get_codec(name))
-    assert {"int8_group64", "int4_group64_affine", "int4_group64"} <= {codec.name for codec in CODECS}
+    assert set(CHOSEN) < {codec.name for codec in CODECS}
+    bits = [codec.bits for codec in CODECS]
+    assert bits == sorted(bits, reverse=True), "most precise first"
+    assert [name.format(64) for name in LOSSY_CODECS] == list(CHOSEN), "what the planner offers is tested"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +63,8 @@ def test_sizes_as_expressions() -> None:
             assert moved.decode.subs(n, value) == codec.kernel_bytes(value, 2).decode
     assert codec_named("int4_group64").encoded_bytes(64, 2) * 8 == 64 * 4.25
     assert codec_named("int4_group64_affine").encoded_bytes(64, 2) * 8 == 64 * 4.5
+    assert codec_named("int5_group64").encoded_bytes(64, 2) * 8 == 64 * 5.25
+    assert codec_named("int6_group64").encoded_bytes(64, 2) * 8 == 64 * 6.25
     assert codec_named("int8_group64").encoded_bytes(64, 2) * 8 == 64 * 8.25
 
 
@@ -77,7 +83,8 @@ def test_error_grows_with_group_size_and_shrinks_with_bits() -> None:
         return get_codec(name).relative_mse
 
     assert mse("int4_group32") < mse("int4_group64") < mse("int4_group128")
-    assert mse("int8_group64") < mse("int4_group64_affine") < mse("int4_group64")
+    assert mse("int8_group64") < mse("int6_group64") < mse("int5_group64") < mse("int4_group64_affine")
+    assert mse("int4_group64_affine") < mse("int4_group64")
 
 
 def test_importing_needs_no_triton() -> None:

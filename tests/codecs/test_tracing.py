@@ -16,9 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from tests.codecs.cases import awkward, codec_named, same_bits
-
-CHOSEN = ("int8_group64", "int4_group64", "int4_group64_affine")
+from tests.codecs.cases import CHOSEN, awkward, codec_named, same_bits
 
 
 def trace(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +20,11 @@ from bench.language import GPT, TransformerConfig
 from ciuic_compile import Plan
 from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.planner.assign import Option
-from ciuic_compile.planner.descent import descend
+from ciuic_compile.planner.descent import Effort, descend
 from ciuic_compile.planner.formulate import Formulation, formulate, storable
 from ciuic_compile.planner.highs import _without_lines
 from ciuic_compile.planner.program import ABSENT, Decision, evaluate
+from ciuic_compile.planner.state import State
 from ciuic_compile.simulate import tensor_bytes
 from ciuic_compile.types import Action
 from tests.planner.planning import random_problem
@@ -123,6 +129,28 @@ def test_equal_layers_share_a_group() -> None:
     assert len(groups) < 0.7 * len(form.problem.candidates)
 
 
+def test_a_decision_changed_in_place_is_measured_as_a_new_one() -> None:
+    rng = random.Random(1)
+    for _ in range(60):
+        problem = random_problem(rng, chains=True)
+        problem = replace(problem, budget=rng.randrange(1, 2 * sum(c.size for c in problem.candidates)))
+        count = len(problem.candidates)
+        state = State(problem, [0 if c.stores else ABSENT for c in problem.candidates])
+        for _ in range(40):
+            before = state.result(), state.excess(), state.cost()
+            members = rng.sample(range(count), rng.randint(1, min(4, count)))
+            few = min(len(problem.candidates[v].stores) for v in members)
+            undo = state.change(members, rng.choice([ABSENT, *range(few)]))
+            expected = evaluate(problem, state.result())
+            over = np.maximum(expected.live_bytes - problem.budget, 0).sum()
+            assert state.excess() == over
+            assert state.cost() == (inf if expected.missing else pytest.approx(expected.cost, abs=1e-6))
+            if rng.random() < 0.5:
+                state.undo(undo)
+                assert (state.result(), state.excess()) == before[:2]
+                assert state.cost() == pytest.approx(before[2], abs=1e-6)
+
+
 def test_greedy_moves_never_end_above_where_they_began() -> None:
     rng = random.Random(0)
     for _ in range(60):
@@ -132,7 +160,7 @@ def test_greedy_moves_never_end_above_where_they_began() -> None:
         if before.missing:
             continue
         limited = replace(problem, budget=int(before.peak_bytes * rng.choice([0.5, 0.8, 1.0])))
-        after = evaluate(limited, descend(limited, start, lambda: False))
+        after = evaluate(limited, descend(limited, start, Effort(10**9)))
         assert not after.missing
         over = [int(np.maximum(e.live_bytes - limited.budget, 0).sum()) for e in (before, after)]
         assert over[1] < over[0] or over == [0, 0] or after.cost == before.cost
@@ -145,3 +173,19 @@ def test_only_the_solvers_own_lines_are_taken_out_of_stdout(capfd: pytest.Captur
         os.write(1, b"one\nHighsMipSolverData::x\ntwo\n")
     os.write(1, b"HighsMip after\n")
     assert capfd.readouterr().out == "one\ntwo\nHighsMip after\n"
+
+
+def test_the_same_plan_every_time() -> None:
+    root = Path(__file__).parents[2]
+    options = json.dumps({"mode": "4:1", "budget": "38MiB", "plan_seconds": 120})
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.plan_once", options], cwd=root, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        )
+        for seed in ("0", "1")
+    ]  # fmt: skip
+    one, other = (run.communicate(timeout=300)[0] for run in runs)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert one == other
+    assert json.loads(one)["plan"]["budget_bytes"] == 38 * 2**20  # it went through the planner

@@ -56,3 +56,41 @@ def test_a_norm_hands_on_little_error_of_what_it_normalizes(width: int) -> None:
     )
     assert errors[width, width] == pytest.approx((2e-4 / (width - 2)) ** 0.5, rel=0.4)
     assert errors[8, width] == pytest.approx(1e-2, rel=0.01)
+
+
+def test_taking_the_mean_away_does_not_add_to_a_value() -> None:
+    """Else what batch norm corrects by counts four times, and over four elements takes everything away."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)]
+    found = stage(nn.Sequential(nn.Conv2d(3, 8, 1), *layers), torch.randn(2, 3, 4, 4))
+    energy = Energy(found.captured, found.model.classes)
+    outer = [n for n in backward_sub(found) if n.all_input_nodes[0] in backward_sub(found)]
+    assert outer
+    for node in outer:  # dy - xhat * mean(dy * xhat) - mean(dy), over 32 elements
+        inner = node.all_input_nodes[0]
+        dy = energy.of(inner.all_input_nodes[0])
+        assert energy.of(inner) == pytest.approx(dy * (1 - 1 / 32), rel=0.01)
+        assert energy.of(node) == pytest.approx(dy * (1 - 2 / 32), rel=0.01)
+
+
+def test_symbolic_sizes_count_at_their_hints() -> None:
+    """A mean is a sum divided by a size, which is a node of the graph where the size is dynamic."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4))
+    model(x := torch.randn(4, 3, 12, 12))
+    totals, coefficients = [], []
+    for dynamic in (True, False):
+        found = stage(model, x, dynamic=dynamic)
+        model_of = ErrorModel(found.captured, found.model.classes, list(found.selection.saved))
+        totals.append([model_of._energy.total(n) for n in found.captured.bwd_outputs])
+        coefficients.append(sorted(v for v in model_of.coefficients().values() if v))
+    assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+    assert coefficients[0] == pytest.approx(coefficients[1], rel=1e-6)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from ciuic_compile.calibration import GraphCalibration
 from ciuic_compile.codecs import get_codec
 from ciuic_compile.passes import default_passes, run_pipeline
 from ciuic_compile.planner import error_model
@@ -139,7 +140,9 @@ def names(found: Stage, node: fx.Node) -> set[str]:
     return {c.name for c in found.model.codecs(node)}
 
 
-@pytest.mark.parametrize("codec", ["int8_group64", "int4_group64", "int4_group64_affine"])
+@pytest.mark.parametrize(
+    "codec", ["int8_group64", "int6_group64", "int5_group64", "int4_group64", "int4_group64_affine"]
+)
 def test_linear_layers_as_measured_within_a_factor_of_two(codec: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
@@ -159,3 +162,36 @@ def test_gelu_layers_as_measured_within_a_factor_of_three() -> None:
     measured, predicted = measured_and_predicted(found, "int4_group64_affine")
     whole = [sqrt(sum(e * e for e in side) / len(side)) for side in (measured, predicted)]
     assert whole[0] / 3 <= whole[1] <= whole[0] * 3
+
+
+def test_a_calibration_sets_shares_and_gains_but_loosens_no_bound(mlp: Stage) -> None:
+    guessed, lossy = errors_of(mlp)
+    shares = tuple(1 / len(guessed.weights) for _ in guessed.weights)
+    mse = dict.fromkeys(lossy, 1e-4)
+
+    def measured(gain: float) -> ErrorModel:
+        kinds = {error_model.group_of(mlp.model.classes, n): gain for n in lossy}
+        known = GraphCalibration(shares, kinds, {})
+        return ErrorModel(mlp.captured, mlp.model.classes, list(mlp.selection.saved), known)
+
+    quarter, four = measured(0.25), measured(4.0)
+    assert quarter.weights == list(shares) != guessed.weights
+    assert variances(quarter, mse) == pytest.approx([v / 4 for v in variances(guessed, mse)])
+    assert quarter.bound(mse) == guessed.bound(mse)
+    assert four.bound(mse) == pytest.approx(2 * guessed.bound(mse))
+    for node in lossy:
+        found = weighted(quarter, variances(quarter, {node: 1e-3})) / 1e-3
+        assert quarter.coefficients(quarter.weights)[node] == pytest.approx(found)
+    assert all(c > w for c, w in zip(quarter.cautious, quarter.weights, strict=True))
+    assert guessed.cautious == guessed.weights
+
+
+def test_measured_codec_errors_take_the_place_of_the_gaussian_ones(mlp: Stage) -> None:
+    _, lossy = errors_of(mlp)
+    codec = get_codec("int8_group64")
+    group = error_model.group_of(mlp.model.classes, lossy[0])
+    known = GraphCalibration((1.0,), {}, {group: {codec.name: 0.5}})
+    classes = mlp.model.classes
+    assert error_model.relative_mse(classes, lossy[0], codec, known) == 0.5
+    assert error_model.relative_mse(classes, lossy[0], codec) == codec.relative_mse
+    assert error_model.relative_mse(classes, lossy[0], get_codec("int4_group64"), known) < 0.1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import strategies as st
 
-from ciuic_compile.types import Action, Decision, Plan, Source, Storage, TensorClass
+from ciuic_compile.types import Action, Decision, Plan, Price, Source, Storage, TensorClass
 
 _SIZES = st.integers(0, 2**50)
 _COSTS = st.floats(allow_nan=False)
@@ -63,6 +63,7 @@ _PLANS = st.builds(
     simulated_peak_bytes=_SIZES,
     replayed=st.booleans(),
     tightened=st.booleans(),
+    price=st.none() | st.builds(Price, _SIZES, _COSTS, st.none() | _COSTS),
     input_bytes=_SIZES,
     gradient_bytes=_SIZES,
     reserved_bytes=st.none() | _SIZES,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ciuic_compile.report import render_note, render_text
+from ciuic_compile.report import render_html, render_note, render_text
 from ciuic_compile.report._format import (
     codec_label,
     crop,
@@ -23,7 +23,7 @@ from ciuic_compile.report._format import (
     size,
     star,
 )
-from ciuic_compile.types import Action, Decision, Plan, Source, Storage, TensorClass
+from ciuic_compile.types import Action, Decision, Plan, Price, Source, Storage, TensorClass
 
 EMPTY = Plan("", "off", (), 0, 0, 0, 0, 0.0, 0.0, 0.0)
 
@@ -181,3 +181,16 @@ def test_small_formats() -> None:
         "",
     ]
     assert short_file("/venv/lib/python3.11/site-packages/timm/vit.py") == "timm/vit.py"
+
+
+def test_what_another_budget_would_change(plan: Plan) -> None:
+    price = Price(2**30, 3100.0, 12000.0)
+    shown = render_text(replace(plan, price=price))
+    assert (
+        "price  1.00 GiB more saves 3.1 ms a step, 1.00 GiB less costs 12 ms, gradient error weighed in"
+        in shown
+    )
+    exact = render_text(replace(plan, price=replace(price, less_costs_us=None), gradient_error=0.0))
+    assert "1.00 GiB less is more than any plan found can do\n" in exact
+    assert "price" not in render_text(plan)
+    assert "1.00 GiB more saves 3.1 ms" in render_html(replace(plan, price=price))

@@ -19,4 +19,5 @@ def encode(flat: Tensor, codec: IntGroupCodec) -> Encoded:
 def decode(encoded: Encoded, numel: int | torch.SymInt, dtype: torch.dtype, codec: IntGroupCodec) -> Tensor:
     """The first ``numel`` elements as a flat tensor of ``dtype``."""
     payload, scale = encoded
-    return dequantize_groups(payload.to(torch.int32) + codec.levels.bias, (scale,), numel, dtype, codec)
+    codes = payload.to(torch.int32) + codec.levels.bias
+    return dequantize_groups((codes,), (scale,), numel, dtype, codec)
