@@ -5,10 +5,10 @@ cell notes both times, and what the file said at that moment), two steps warm up
 starts with no gradients, so the new gradients count; parameters, buffers and inputs do not. Inductor's own
 cells are held against the ``baseline`` of the plan for the same shape.
 
-On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved_total`` all that
-the caching allocator holds after two steps: parameters, inputs and cuBLAS's workspaces included, as in the
-plan. Before them its cache is emptied and cuBLAS's workspaces are given back: while kernels are being tuned,
-those may be given larger blocks than they need.
+On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved_total`` all
+that the caching allocator holds after two steps: parameters, inputs and cuBLAS's workspaces included, as in
+the plan. Before them its cache is emptied and cuBLAS's workspaces are given back: while kernels are being
+tuned, those may be given larger blocks than they need.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from bench.peaks import empty_kernels
 from ciuic_compile import compat_wrapper
-from ciuic_compile.workspace import Operand, workspaces
+from ciuic_compile.workspace import Operand, blas_libraries, workspaces
 from tests.training import Lambda
 
 MIB = 2**20
@@ -116,6 +117,53 @@ def test_an_image_of_three_planes_is_padded_to_eight() -> None:
     assert forward == pytest.approx(ROWS["convolution 32x3->64 224^2 k7 s2 bfloat16"], abs=512)
 
 
+@pytest.mark.parametrize(("batch", "side"), [(64, 224), (32, 160)])
+def test_an_image_cut_in_patches_is_copied(batch: int, side: int) -> None:
+    """A ViT's first layer, as bench/reserved.py saw it on an H200; the backward also took 18 MiB of sums."""
+    image, weight = operand(batch, 3, side, side), operand(768, 3, 16, 16)
+    features = operand(batch, 768, side // 16, side // 16)
+    call = {**ONE, "stride": [16, 16]}
+    measured = {(64, 224): (70.375, 18.375), (32, 160): (20.1875, 4.6875)}[batch, side]
+    forward = workspaces("aten.convolution.default", [image, weight], features, call)
+    assert forward == (measured[0] * MIB,)
+    gradient = operand(*features.shape, layout="last")  # plain as its image: copied by torch, then by cuDNN
+    backward = workspaces("aten.convolution_backward.default", [gradient, image, weight], None, call)
+    assert backward == (measured[1] * MIB, measured[0] * MIB)
+    overlapping = {**ONE, "stride": [8, 8]}
+    assert workspaces("aten.convolution.default", [image, weight], features, overlapping) == ()
+
+
+def test_a_gradient_with_gaps_is_copied_first() -> None:
+    """Half of the channels that a UNet concatenated: seen on an H200 as 32 and 64.07 MiB."""
+    image, weight = operand(64, 64, 64, 64), operand(64, 64, 3, 3)
+    gradient = Operand((64, 64, 64, 64), (2 * 64**3, 64**2, 64, 1), 2)
+    blocks = workspaces("aten.convolution_backward.default", [gradient, image, weight], None, ONE)
+    assert blocks == (32 * MIB, total("aten.convolution_backward.default", [image, image, weight], None, ONE))
+    pointwise = operand(64, 64, 1, 1)  # in doubt whether its channels come last: plain, so torch copies
+    assert total("aten.convolution_backward.default", [gradient, image, pointwise], None, ONE) == 32 * MIB
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 4), (1, 8, 4, 4), (1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_read_as_torch_reads_them(shape: tuple[int, ...], layout: str) -> None:
+    tensor = torch.empty(shape).to(memory_format=LAYOUTS[layout])
+    for t in (tensor, tensor[:, :1], tensor[..., :1]):
+        seen = Operand(tuple(t.shape), t.stride(), 4)
+        assert seen.suggests_channels_last == (suggest_memory_format(t) == torch.channels_last)
+        assert seen.is_plain == t.is_contiguous()
+        assert seen.plain.strides == t.contiguous().new_empty(t.shape).stride()
+
+
+def test_libraries_that_a_matmul_calls() -> None:
+    """cuBLASLt adds a bias of one row; an H200 (torch 2.11) made 32 MiB and then 1 MiB there."""
+    row, matrix, square = operand(8), operand(8, 8), operand(8, 8)
+    assert blas_libraries("addmm", [row, square, square]) == ("cublas", "cublaslt")
+    assert blas_libraries("addmm", [Operand((8, 8), (0, 1), 2), square, square]) == ("cublas", "cublaslt")
+    assert blas_libraries("addmm", [matrix, square, square]) == ("cublas",)
+    assert blas_libraries("mm", [row, square]) == blas_libraries("bmm", [square, square]) == ("cublas",)
+    assert blas_libraries("convolution", [square, square]) == ()
+
+
 def test_only_what_lies_otherwise_is_copied() -> None:
     """torch takes channels last for all when the image or the weights have it, and copies the others."""
     image, features = operand(2, 16, 8, 8, layout="last"), operand(2, 32, 8, 8)
@@ -167,6 +215,9 @@ def test_what_inductor_says_about_convolutions(monkeypatch: pytest.MonkeyPatch) 
     for calls, groups in ((forwards, [1, 2]), (backwards, [2, 1])):
         assert [call[3]["groups"] for call in calls] == groups
         assert not any(call[3]["transposed"] for call in calls)
+        assert [list(call[3]["stride"]) for call in calls] == (
+            [[2, 2], [1, 1]][:: 1 if groups == [1, 2] else -1]
+        )  # type: ignore[call-overload]
     for _, (image, weight), features, _ in forwards:  # Inductor's layout for convolutions on a CPU
         assert image.channels_last and weight.channels_last
         assert features is not None and features.channels_last and features.shape[1] == weight.shape[0] == 4
