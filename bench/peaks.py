@@ -5,10 +5,10 @@ cell notes both times, and what the file said at that moment), two steps warm up
 starts with no gradients, so the new gradients count; parameters, buffers and inputs do not. Inductor's own
 cells are held against the ``baseline`` of the plan for the same shape.
 
-On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved`` what the
-caching allocator took from the driver in two steps, above what it held before them (its cache emptied), and
-``reserved_total`` all that it holds after two more that began without cuBLAS's workspaces: while kernels are
-being tuned, those may be given larger blocks than they need.
+On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved_total`` all
+that the caching allocator holds after two steps: parameters, inputs and cuBLAS's workspaces included, as in
+the plan. Before them its cache is emptied and cuBLAS's workspaces are given back: while kernels are being
+tuned, those may be given larger blocks than they need.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ WARM_UP = 2  # the backward is compiled in the first step, and its libraries all
 PREDICTORS = {  # name: the plan's field, what it is about
     "planned": ("planned_peak_bytes", "allocated"),  # Inductor's own allocations, replayed
     "simulated": ("simulated_peak_bytes", "allocated"),  # before Inductor has scheduled anything
-    "reserved": ("reserved_bytes", "reserved"),  # less the inputs, which the plan counts there
+    "reserved": ("reserved_bytes", "reserved_total"),
     "baseline": ("baseline_peak_bytes", "allocated"),  # of Inductor's cells
-    "reserved in all": ("reserved_bytes", "reserved_total"),
 }
 #: (batch, sequence or image side): peaks of hundreds of MiB at size "medium"
 GPU_SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -165,39 +164,32 @@ def _cell(spec: Spec) -> dict[str, Any]:
 
 
 def measured_step(step: Callable[[], None], model: torch.nn.Module, device: torch.device) -> dict[str, Any]:
-    """Peaks of one step above what is there at its start, in bytes.
+    """Peaks of one step above what is there at its start, and all that is reserved after it, in bytes.
 
-    Reserved is what two steps take from an emptied cache, as in the replay: the second one may find the
-    blocks that the first one left too small.
+    It is the second step from an emptied cache, as in the replay: it may find the blocks that the first one
+    left too small.
     """
     model.zero_grad(set_to_none=True)
     gc.collect()
     if device.type != "cuda":
         with measure.peak(device) as peak:
             step()
-        return {"allocated": peak.nbytes, "reserved": None, "requested": None}
+        return {"allocated": peak.nbytes, "reserved_total": None, "requested": None}
     torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # otherwise what the step reserves is there already
-    reserved = torch.cuda.memory_reserved(device)
+    start = torch.cuda.memory_reserved(device)
     step()
     model.zero_grad(set_to_none=True)
     requested = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
     with measure.peak(device) as peak:
         step()
-    measured = {
+    return {
         "allocated": peak.nbytes,
-        "reserved": torch.cuda.max_memory_reserved(device) - reserved,
         "requested": torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - requested,
+        "reserved_start": start,
+        "reserved_total": torch.cuda.max_memory_reserved(device),
     }
-    model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize(device)
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    measured["reserved_start"] = torch.cuda.memory_reserved(device)
-    step()
-    step()
-    torch.cuda.synchronize(device)
-    return {**measured, "reserved_total": torch.cuda.memory_reserved(device)}
 
 
 # ---------------------------------------------------------------- which cells
@@ -271,8 +263,6 @@ def compare(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if (name == "baseline") == (r["config"] == "inductor"):
                 predicted = baselines.get(_shape(r)) if name == "baseline" else r["predicted"].get(field)
                 measured = r["measured"].get(what)  # older files have fewer
-                if name == "reserved" and predicted is not None:
-                    predicted -= r["input_bytes"]
                 if predicted is not None and measured:
                     row[name] = (predicted, measured, predicted / measured - 1)
         rows.append(row)
@@ -317,7 +307,7 @@ def table_rows(results: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str,
                 common.mib(simulated[0]),
                 percent(simulated[2]),
                 common.mib(reserved[0]),
-                common.mib(r["measured"]["reserved"]),
+                common.mib(reserved[1]),
                 percent(reserved[2]),
             ]
         )

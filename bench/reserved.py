@@ -32,6 +32,7 @@ import torch
 from bench import common, peaks
 from ciuic_compile import backend, confirm
 from ciuic_compile.allocator import ROUND, CachingAllocator, _Block
+from ciuic_compile.devices import named
 from ciuic_compile.replay import FREE, Event, Joint, Trace, replay
 
 CELLS = (  # model, mode, batch, length; those that compile longest first
@@ -105,6 +106,7 @@ def cell(spec: Mapping[str, Any]) -> dict[str, Any]:
                 backward=asdict(recording.backward),
                 joint=asdict(joint),
                 resident=confirm._storage_sizes(inputs),
+                workspaces=dict(named(plan.device).workspaces),
             )
         return real_confirm(plan, recording, joint, inputs)
 
@@ -168,6 +170,7 @@ class Logged(CachingAllocator):
     def __init__(self) -> None:
         super().__init__()
         self.log: list[tuple[str, int, int]] = []
+        self.given: list[tuple[int, int]] = []  # bytes and addresses of the next segments, in order
 
     def alloc(self, nbytes: int) -> int:
         handle = super().alloc(nbytes)
@@ -177,6 +180,16 @@ class Logged(CachingAllocator):
     def free(self, handle: int) -> None:
         self.log.append(("free", handle, 0))
         super().free(handle)
+
+    def _segment(self, size: int, small: bool) -> _Block:
+        block = super()._segment(size, small)
+        same = next((g for g in self.given if g[0] == block.size), None)
+        if same is not None:
+            self.given.remove(same)
+            del self._blocks[block.address]
+            block.address = same[1]
+            self._blocks[block.address] = block
+        return block
 
     @classmethod
     def at(cls, found: Sequence[Mapping[str, Any]]) -> Logged:
@@ -205,8 +218,12 @@ def traces(planned: Mapping[str, Any]) -> tuple[Trace, Trace, Joint]:
     """The recorded plan of a step, from the file."""
 
     def trace(d: Mapping[str, Any]) -> Trace:
-        events = tuple(Event(**e) for e in d["events"])
-        return Trace(tuple(d["inputs"]), tuple(d["outputs"]), events)
+        events: list[Event] = []
+        for e in d["events"]:
+            events.append(Event(e["storage"], e["nbytes"], lasting=e.get("lasting", False)))
+            if e.get("transient"):  # in older files: given back at once
+                events.append(Event(e["storage"], FREE))
+        return Trace(tuple(d["inputs"]), tuple(d["outputs"]), tuple(events))
 
     return trace(planned["forward"]), trace(planned["backward"]), Joint(**planned["joint"])
 
@@ -217,19 +234,19 @@ Step = list[tuple[str, int, str]]  # "alloc" or "free", bytes rounded, name or l
 def planned_step(planned: Mapping[str, Any], allocator: Logged) -> Step:
     """One replayed step's events with the names of buffers; the allocator plays two."""
     forward, backward, joint = traces(planned)
-    replay(forward, backward, joint, allocator, steps=1)
-    first = len(allocator.log)
-    replay(forward, backward, joint, allocator, steps=1)
+    alone = Logged()
+    replay(forward, backward, joint, alone, steps=1, workspaces=planned.get("workspaces"))
+    replay(forward, backward, joint, allocator, workspaces=planned.get("workspaces"))
     names = iter(
         [
-            *(e.storage for e in forward.events if e.nbytes != FREE),
+            *(e.storage for e in forward.events if e.nbytes != FREE and not e.lasting),
             *(f"tangent {name}" for name in joint.tangents),
-            *(e.storage for e in backward.events if e.nbytes != FREE),
+            *(e.storage for e in backward.events if e.nbytes != FREE and not e.lasting),
         ]
     )
     live: dict[int, tuple[int, str]] = {}
     step: Step = []
-    for action, handle, nbytes in allocator.log[first:]:
+    for action, handle, nbytes in allocator.log[len(alone.log) :]:
         if action == "alloc":
             live[handle] = _rounded(nbytes), next(names)
         if handle >= 0:  # of no bytes, nothing is asked
@@ -254,10 +271,25 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // ROUND) * ROUND
 
 
-def play_real(steps: Sequence[Mapping[str, Any]], allocator: CachingAllocator) -> int:
-    """Our allocator's reserved bytes when it is asked what the real one was."""
+def play_real(run: Mapping[str, Any], placed: bool) -> int:
+    """Our allocator's reserved bytes when it is asked what the real one was.
+
+    Args:
+        placed: new segments get the addresses that the driver gave: equal blocks are told apart by them.
+    """
+    allocator = Logged.at(run["start"])
+    in_the_end = {address for segment in run["end"] for address, _, used in segment["blocks"] if used}
     handles: dict[int, int] = {}
-    for step in steps:
+    for step in run["steps"]:
+        made = {address for action, address, *_ in step["events"] if action == "alloc"}
+        for address in list(handles):  # gradients go between the steps, where nothing is recorded
+            if address in made or address not in in_the_end:
+                allocator.free(handles.pop(address))
+        allocator.given = [
+            (nbytes, address)
+            for action, address, nbytes, _ in step["events"]
+            if placed and action == "segment_alloc"
+        ]
         for action, address, nbytes, _ in step["events"]:
             if action == "alloc":
                 handles[address] = allocator.alloc(nbytes)
@@ -305,7 +337,7 @@ def alignment(real: Step, planned: Step) -> list[str]:
 
 COLUMNS = (
     "cell", "allocated", "real", "start", "kept", "clean", "reserved: planned", "real clean",
-    "ours, real events", "ours, real start", "err %", "real kept", "lines",
+    "ours, real events", "and addresses", "ours, real start", "err %", "real kept", "lines",
 )  # fmt: skip
 
 
@@ -318,7 +350,7 @@ def compared(r: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     start = residents.reserved
     expected = planned_step(planned, Logged.at(clean["start"]))
     from_start = Logged.at(clean["start"])
-    replay(*traces(planned), from_start)
+    replay(*traces(planned), from_start, workspaces=planned.get("workspaces"))
     last = clean["steps"][-1]
     real = real_step(kept["steps"][-1]["events"])
     differences = alignment(real, expected)
@@ -332,7 +364,8 @@ def compared(r: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         common.mib(sum(s["bytes"] for s in clean["start"])),
         common.mib(predicted["reserved_bytes"]),
         common.mib(last["reserved"]),
-        common.mib(play_real(clean["steps"], Logged.at(clean["start"]))),
+        common.mib(play_real(clean, placed=False)),
+        common.mib(play_real(clean, placed=True)),
         common.mib(from_start.reserved),
         peaks.percent(predicted["reserved_bytes"] / last["reserved"] - 1),
         common.mib(kept["steps"][-1]["reserved"]),

@@ -21,7 +21,7 @@ from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
 from .replay import FREE, Event, Trace
-from .workspace import Operand, workspace_bytes
+from .workspace import Operand, blas_libraries, workspaces
 
 _SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
@@ -126,6 +126,8 @@ class _Reader:
                 self._release(line.node.get_name())
             case "ExternKernelAllocLine":
                 self._external(line.node)
+            case "ExternKernelOutLine":
+                self._lasting(line.node)
             case "MultiOutputLine":
                 if line.result_name in self._holders:
                     self._hold(line.result_name, line.result_name)
@@ -145,9 +147,18 @@ class _Reader:
             self._alias(name, node.get_inputs_that_alias_output()[0])
         elif isinstance(layout, ir.Layout) and not isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
             self._allocate(name, node)
-        extra = _workspace(node)
-        if extra:
-            self._events.append(Event(f"temporaries of {name}", extra, transient=True))
+        self._lasting(node)
+        inside = {f"temporary {i} of {name}": size for i, size in enumerate(_workspace(node))}
+        self._events += [Event(storage, size) for storage, size in inside.items()]
+        self._events += [Event(storage, FREE) for storage in inside]
+
+    def _lasting(self, node: Any) -> None:
+        """Libraries that keep what they take at a thread's first call."""
+        devices = [i.get_device() for i in _tensors(node)]
+        if devices and devices[0].type == "cuda":
+            kernel = str(node.python_kernel_name).removesuffix(".default").rpartition(".")[2]
+            operands = map(_operand, _tensors(node))
+            self._events += [Event(name, 0, lasting=True) for name in blas_libraries(kernel, operands)]
 
     def _allocate(self, storage: str, node: Any, holder: str | None = None) -> None:
         if storage in self._holders:
@@ -191,10 +202,10 @@ def _outputs(node: Any) -> Iterator[Any]:
             stack[:0] = value.values()
 
 
-def _workspace(node: Any) -> int:
-    """Bytes of a CUDA call's own temporaries."""
+def _workspace(node: Any) -> tuple[int, ...]:
+    """Bytes of each of a CUDA call's own temporaries."""
     devices = [i.get_device() for i in _tensors(node)]
-    return workspace_bytes(*_call(node)) if devices and devices[0].type == "cuda" else 0
+    return workspaces(*_call(node)) if devices and devices[0].type == "cuda" else ()
 
 
 def _tensors(node: Any) -> list[Any]:
@@ -202,7 +213,7 @@ def _tensors(node: Any) -> list[Any]:
 
 
 def _call(node: Any) -> tuple[str, list[Operand], Operand | None, dict[str, Any]]:
-    """The arguments of ``workspace_bytes``."""
+    """The arguments of ``workspaces``."""
     op = str(getattr(node, "op_overload", "") or "")
     result = _operand(node) if isinstance(node.get_output_spec(), ir.Layout) else None
     return op, [_operand(t) for t in _tensors(node)], result, _arguments(node)

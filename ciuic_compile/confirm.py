@@ -55,6 +55,7 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
         replayed=True,
         gradient_bytes=backward.output_bytes,
         reserved_bytes=peaks.reserved,
+        blas_bytes=peaks.lasting,
         process_bytes=None if device.context_bytes is None else peaks.reserved + device.context_bytes,
     )
 
@@ -65,7 +66,7 @@ def _replay(
     allocator: Allocator = CachingAllocator() if device.caches else ExactAllocator()
     for size in resident:
         allocator.alloc(size)
-    return replay(forward, backward, joint, allocator)
+    return replay(forward, backward, joint, allocator, workspaces=device.workspaces)
 
 
 def _storage_sizes(inputs: Sequence[object]) -> list[int]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+# What cuBLAS keeps for a thread, in bytes: torch's defaults (CublasHandlePool.cpp; an H200 asked for both,
+# python -m bench.reserved). CUBLAS_WORKSPACE_CONFIG and CUBLASLT_WORKSPACE_SIZE are not looked at.
+_CUBLAS = {"cublas": 4096 * 1024 * 2 + 16 * 1024 * 8, "cublaslt": 1024 * 1024}
+_CUBLAS_HOPPER = _CUBLAS | {"cublas": 4096 * 8 * 1024}
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,7 @@ class DeviceProfile:
         caches: whether torch's caching allocator stands between (CUDA).
         context_bytes: what a process takes beside the allocator's segments (CUDA context,
             loaded kernels); None where it was not measured.
+        workspaces: bytes that libraries keep for each thread that calls them, by library.
     """
 
     name: str
@@ -24,6 +31,7 @@ class DeviceProfile:
     half_flop_per_us: float
     context_bytes: int | None = None
     caches: bool = True
+    workspaces: Mapping[str, int] = field(default_factory=lambda: _CUBLAS)
 
     def microseconds(self, nbytes: int) -> float:
         """Time to move ``nbytes`` at full bandwidth, in microseconds."""
@@ -39,13 +47,14 @@ class DeviceProfile:
 # Matmul rates of GPUs: datasheets, dense bfloat16. Real ones are lower (an H200's whole Llama step in
 # bench/results/step_time-h200.json ran at 610 TFLOP/s), so what is weighed against matmuls weighs less.
 _PROFILES = (
-    DeviceProfile("h200", 4.0e6, 989e6, context_bytes=623_706_112),
-    DeviceProfile("h100", 3.0e6, 989e6),
+    DeviceProfile("h200", 4.0e6, 989e6, context_bytes=623_706_112, workspaces=_CUBLAS_HOPPER),
+    DeviceProfile("h100", 3.0e6, 989e6, workspaces=_CUBLAS_HOPPER),
     DeviceProfile("a100", 1.7e6, 312e6),
     DeviceProfile("rtx 4090", 0.95e6, 165e6),
 )
 _GENERIC_GPU = DeviceProfile("gpu", 1.0e6, 200e6)  # assumed: as many operations a byte as the others
-_CPU = DeviceProfile("cpu", 2.0e4, 2.6e5, caches=False)  # two cores of an EPYC: 18 GB/s, 261 GFLOP/s in bf16
+# Two cores of an EPYC: 18 GB/s, 261 GFLOP/s in bf16.
+_CPU = DeviceProfile("cpu", 2.0e4, 2.6e5, caches=False, workspaces={})
 
 
 def profile_for(device: torch.device) -> DeviceProfile:

@@ -2,14 +2,16 @@
 
 The plan's first peak comes from ``simulate.py``, before Inductor has scheduled anything. Once code exists,
 the wrapper's lines say which buffer is allocated, reused and freed when (``compat_wrapper.py`` reads them);
-played through the device's allocator, forward and then backward, they give the peak of the step. Left out:
-temporaries of external kernels that ``workspace.py`` does not know, the optimizer, gradients that accumulate.
+played through the device's allocator, forward and then backward, they give the peak of the step. What a
+library takes at its first call and keeps (cuBLAS's workspaces) is reserved, but in no later step's peak. Left
+out: temporaries of external kernels that ``workspace.py`` does not know, the optimizer, gradients that
+accumulate.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .allocator import Allocator
@@ -19,12 +21,13 @@ from .allocator import Allocator
 class Event:
     """One storage appears (``nbytes`` > 0), or goes (``nbytes`` == -1).
 
-    ``transient`` bytes are taken and given back at once: an external kernel's own temporaries.
+    ``lasting`` bytes are those that a library takes the first time that a thread calls it, and keeps:
+    ``storage`` is its name, and the device says how many they are.
     """
 
     storage: str
     nbytes: int
-    transient: bool = False
+    lasting: bool = False
 
 
 FREE = -1
@@ -70,11 +73,15 @@ class Joint:
 
 @dataclass(frozen=True)
 class StepPeaks:
-    """Bytes above parameters and inputs: in use at most in either graph, and taken from the device."""
+    """Bytes above parameters and inputs: in use at most in either graph, and taken from the device.
+
+    ``lasting`` of the reserved bytes are workspaces that libraries keep: in use when the last step begins.
+    """
 
     forward: int
     backward: int
     reserved: int
+    lasting: int = 0
 
     @property
     def peak(self) -> int:
@@ -82,26 +89,52 @@ class StepPeaks:
         return max(self.forward, self.backward)
 
 
-def replay(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator, steps: int = 2) -> StepPeaks:
+class _Kept:
+    """The workspaces that libraries keep, one of each for a thread."""
+
+    def __init__(self, sizes: Mapping[str, int], allocator: Allocator) -> None:
+        self._sizes, self._allocator = sizes, allocator
+        self._taken: set[tuple[str, str]] = set()
+        self.nbytes = 0
+
+    def called(self, library: str, thread: str) -> None:
+        """A thread calls a library."""
+        if (library, thread) not in self._taken:
+            self._taken.add((library, thread))
+            before = self._allocator.allocated
+            self._allocator.alloc(self._sizes.get(library, 0))
+            self.nbytes += self._allocator.allocated - before
+
+
+def replay(
+    forward: Trace,
+    backward: Trace,
+    joint: Joint,
+    allocator: Allocator,
+    steps: int = 2,
+    workspaces: Mapping[str, int] | None = None,
+) -> StepPeaks:
     """Play training steps through an allocator; the peaks are those of the last one.
 
     Args:
         steps: the first fills the allocator's cache, as a warm-up does.
+        workspaces: bytes that each library keeps for a thread; the backward runs in autograd's own.
     """
-    peaks = StepPeaks(0, 0, 0)
+    peaks, kept = StepPeaks(0, 0, 0), _Kept(workspaces or {}, allocator)
     for _ in range(steps):
-        peaks = _step(forward, backward, joint, allocator)
+        peaks = _step(forward, backward, joint, allocator, kept)
     return peaks
 
 
-def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator) -> StepPeaks:
+def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator, kept: _Kept) -> StepPeaks:
     start = allocator.allocated
     live: dict[str, int] = {}
     allocator.peak_allocated = start
-    _play(forward.events, live, allocator)
+    for event in forward.events:
+        _play(event, live, allocator, kept, "forward")
     forward_peak = allocator.peak_allocated - start
-    kept = {s for s in forward.outputs if s is not None}
-    for storage in [s for s in live if s not in kept]:
+    returned = {s for s in forward.outputs if s is not None}
+    for storage in [s for s in live if s not in returned]:
         allocator.free(live.pop(storage))
     allocator.peak_allocated = allocator.allocated
     user = {s for s in forward.outputs[: joint.num_fwd_outputs] if s is not None}
@@ -111,7 +144,7 @@ def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator) -
     for event in backward.events:
         saved = sent.get(event.storage)
         if saved is None or event.nbytes != FREE:
-            _play([event], gradients, allocator)
+            _play(event, gradients, allocator, kept, "backward")
             continue
         holders[saved] -= 1
         if not holders[saved] and saved not in user and saved in live:
@@ -119,14 +152,13 @@ def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator) -
     backward_peak = allocator.peak_allocated - start
     for handle in (*live.values(), *gradients.values()):  # zero_grad, and the loss is forgotten
         allocator.free(handle)
-    return StepPeaks(forward_peak, backward_peak, allocator.reserved)
+    return StepPeaks(forward_peak, backward_peak, allocator.reserved, kept.nbytes)
 
 
-def _play(events: Sequence[Event], live: dict[str, int], allocator: Allocator) -> None:
-    for event in events:
-        if event.transient:
-            allocator.free(allocator.alloc(event.nbytes))
-        elif event.nbytes != FREE:
-            live[event.storage] = allocator.alloc(event.nbytes)
-        elif event.storage in live:  # inputs of the forward are not counted
-            allocator.free(live.pop(event.storage))
+def _play(event: Event, live: dict[str, int], allocator: Allocator, kept: _Kept, thread: str) -> None:
+    if event.lasting:
+        kept.called(event.storage, thread)
+    elif event.nbytes != FREE:
+        live[event.storage] = allocator.alloc(event.nbytes)
+    elif event.storage in live:  # inputs of the forward are not counted
+        allocator.free(live.pop(event.storage))

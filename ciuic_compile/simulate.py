@@ -19,7 +19,7 @@ from . import compat
 from .capture import owner, tensor
 from .fusion import is_external
 from .schedule import in_kernels, output_nodes, overwrites, stored_values
-from .workspace import Operand, workspace_bytes
+from .workspace import Operand, workspaces
 
 
 def tensor_bytes(value: object) -> int:
@@ -140,9 +140,8 @@ def _temporaries(node: fx.Node, channels_last: bool) -> int:
     values = [tensor(a) for a in arguments.values() if isinstance(a, fx.Node)]
     operands = [_operand(v, channels_last) for v in values if v is not None and v.device.type == "cuda"]
     result = tensor(node)
-    return workspace_bytes(
-        str(node.target), operands, None if result is None else _operand(result, channels_last), arguments
-    )
+    made = None if result is None else _operand(result, channels_last)
+    return sum(workspaces(str(node.target), operands, made, arguments))
 
 
 def _operand(value: torch.Tensor, channels_last: bool) -> Operand:

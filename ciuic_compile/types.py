@@ -148,6 +148,7 @@ class Plan:
     input_bytes: int = 0  # parameters, buffers and inputs of this graph: alive all along
     gradient_bytes: int = 0  # what the backward returns: counted in the peak once, again while accumulating
     reserved_bytes: int | None = None  # that the allocator takes from the device, input_bytes included
+    blas_bytes: int = 0  # of the reserved bytes: what cuBLAS keeps, from the first step on
     process_bytes: int | None = None  # reserved, and the device context; None where that was not measured
     correction_bytes: int = 0  # replayed over simulated peak of an earlier round, when a budget asked for one
 

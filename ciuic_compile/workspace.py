@@ -1,15 +1,15 @@
 """Temporaries that external CUDA kernels allocate for themselves, in bytes, from the tensors they get.
 
-Formulas after torch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp, EmbeddingBackwardKernel.cu); a
-test holds them against bench/results/workspaces-h200.json. Convolutions are cuDNN's: measured on an H200 in
-bfloat16, taken to be the same in float16. Beside the copies that are counted here it takes 0 to 16 MiB for
-partial sums, another choice for every shape: not counted. Nor is anything of float32, 1x1, grouped or
-transposed convolutions, or of those in one or three dimensions.
+Formulas after torch's sources (flash_api.cpp, attention_backward.cu, MHA.cpp, EmbeddingBackwardKernel.cu,
+ConvShared.cpp); a test holds them against bench/results/workspaces-h200.json. What cuDNN copies beside was
+measured on an H200 in bfloat16, and is taken to be the same in float16. It takes 0 to 18 MiB more for partial
+sums, another choice for every shape: not counted. Nor is anything of its own for float32, 1x1, grouped or
+transposed convolutions, or for those in one or three dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +21,7 @@ _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped key
     "cudnn_attention_backward": (1, True),
 }
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
+_MATMULS = ("mm", "addmm", "bias_addmm", "bmm", "baddbmm", "mm_plus_mm", "_int_mm")
 _CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to a multiple
 
 
@@ -31,6 +32,35 @@ class Operand:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * self.itemsize
+
+    @property
+    def plain(self) -> Operand:
+        """The same with its elements in the order of its dimensions, without gaps."""
+        strides = tuple(prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return Operand(self.shape, strides, self.itemsize)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it lies so; a dimension of one has no stride that matters."""
+        given = zip(self.shape, self.strides, self.plain.strides, strict=True)
+        return all(size == 1 or stride == expected for size, stride, expected in given)
+
+    @property
+    def suggests_channels_last(self) -> bool:
+        """Whether torch takes it for channels last (``suggest_memory_format``): where in doubt, not."""
+        if len(self.shape) != 4 or self.strides[1] == 0:
+            return False
+        least = 0
+        for dim in (1, 3, 2, 0):
+            if self.strides[dim] < least or (dim == 0 and least == self.strides[1]):
+                return False
+            least = self.strides[dim] * max(1, self.shape[dim])
+        return True
 
     @property
     def channels_last(self) -> bool:
@@ -45,13 +75,13 @@ class Operand:
         return True
 
 
-def workspace_bytes(
+def workspaces(
     op: str,
     operands: Sequence[Operand],
     result: Operand | None = None,
     arguments: Mapping[str, object] | None = None,
-) -> int:
-    """Bytes that ``op`` allocates beside its results; 0 where nothing is known about it.
+) -> tuple[int, ...]:
+    """Bytes of the blocks that ``op`` allocates beside its results, all at once; of unknown ones, none.
 
     Args:
         op: e.g. ``"aten._scaled_dot_product_flash_attention_backward.default"``.
@@ -59,22 +89,54 @@ def workspace_bytes(
         result: what it returns, where that is one tensor.
         arguments: its other arguments, by their names in the op's schema, as far as they are known.
     """
+    return tuple(n for n in _blocks(op, operands, result, arguments or {}) if n)
+
+
+def _blocks(
+    op: str, operands: Sequence[Operand], result: Operand | None, arguments: Mapping[str, object]
+) -> Sequence[int]:
     shapes = [o.shape for o in operands]
     if not operands:
-        return 0
+        return ()
     for name, (row_block, expands) in _ATTENTION_BACKWARD.items():
         if name in op:
-            return _attention(shapes, operands[0].itemsize, row_block, expands)
+            return (_attention(shapes, operands[0].itemsize, row_block, expands),)
     if "embedding_dense_backward" in op or "ciuic.embedding_gradient" in op:
-        return _embedding(shapes[0], shapes[1])
+        return (_embedding(shapes[0], shapes[1]),)
     if "aten.convolution_backward." in op and len(operands) == 3:
         gradient, image, weight = operands
-        return _convolution(image, weight, gradient, arguments or {})
+        return _convolution_backward(gradient, image, weight, arguments)
     if "aten.convolution." in op and result is not None:
         image, weight = operands[:2]
-        narrow = image.shape[1] < _CHANNELS and not image.channels_last  # a photograph: read as it is
-        return 0 if narrow else _convolution(image, weight, result, arguments or {})
-    return 0
+        if _read_as_it_is(image, weight, arguments):
+            return ()
+        return (_convolution(image, weight, result, arguments),)
+    return ()
+
+
+def blas_libraries(kernel: str, operands: Iterable[Operand]) -> tuple[str, ...]:
+    """The libraries that a matmul of Inductor's calls (``"addmm"`` of ``"extern_kernels.addmm"``), in order.
+
+    Each keeps a workspace for the thread. A bias of one row is added by cuBLASLt, with cuBLAS's handle.
+    """
+    if kernel not in _MATMULS:
+        return ()
+    bias = next(iter(operands))
+    row = kernel in ("addmm", "bias_addmm") and (len(bias.shape) == 1 or bias.strides[0] == 0)
+    return ("cublas", "cublaslt") if row or kernel == "_int_mm" else ("cublas",)
+
+
+def _convolution_backward(
+    gradient: Operand, image: Operand, weight: Operand, arguments: Mapping[str, object]
+) -> Sequence[int]:
+    """What torch copies into the layout of image and weight (ConvShared.cpp), and then cuDNN's copies.
+
+    In channels-last layout torch copies what cuDNN would otherwise: that is counted with the latter.
+    """
+    if image.suggests_channels_last or weight.suggests_channels_last or len(image.shape) != 4:
+        return (_convolution(image, weight, gradient, arguments),)
+    copies = [o.nbytes for o in (gradient, image) if not o.is_plain]
+    return (*copies, _convolution(image.plain, weight, gradient.plain, arguments))
 
 
 def _convolution(image: Operand, weight: Operand, features: Operand, arguments: Mapping[str, object]) -> int:
@@ -87,6 +149,13 @@ def _convolution(image: Operand, weight: Operand, features: Operand, arguments: 
     if not ordinary or weight.itemsize != _HALF or len(weight.shape) != 4 or prod(weight.shape[2:]) == 1:
         return 0
     return _copied(image, (1,)) + _copied(features, (1,)) + _copied(weight, (0, 1))
+
+
+def _read_as_it_is(image: Operand, weight: Operand, arguments: Mapping[str, object]) -> bool:
+    """Whether the forward reads a photograph of a few plain channels where it lies: not if cut in patches."""
+    stride = arguments.get("stride")
+    patches = isinstance(stride, (list, tuple)) and tuple(stride) == weight.shape[2:]
+    return image.shape[1] < _CHANNELS and not image.channels_last and not patches
 
 
 def _copied(tensor: Operand, channel_dims: Sequence[int]) -> int:

@@ -61,9 +61,36 @@ def test_what_the_user_gets_outlives_the_backward() -> None:
     assert replay(FORWARD, BACKWARD, joint, ExactAllocator()).backward == 4 + 40 + 4 + 50 + 30
 
 
-def test_transient_bytes_count_once() -> None:
-    backward = replace(BACKWARD, events=(Event("inside", 500, transient=True), *BACKWARD.events))
+def test_temporaries_count_once() -> None:
+    inside = (Event("inside", 500), Event("inside", FREE))
+    backward = replace(BACKWARD, events=(*inside, *BACKWARD.events))
     assert replay(FORWARD, backward, JOINT, ExactAllocator()).backward == 4 + 40 + 4 + 500
+
+
+LASTING = Event("cublas", 0, lasting=True)
+
+
+def test_a_workspace_is_taken_once_a_thread_and_kept() -> None:
+    """It is reserved, but in use before the last step begins: no part of its peak."""
+    forward = replace(FORWARD, events=(LASTING, FORWARD.events[0], LASTING, *FORWARD.events[1:]))
+    backward = replace(BACKWARD, events=(LASTING, *BACKWARD.events, LASTING))
+    allocator, without = ExactAllocator(), replay(FORWARD, BACKWARD, JOINT, ExactAllocator())
+    peaks = replay(forward, backward, JOINT, allocator, steps=4, workspaces={"cublas": 1000, "other": 7})
+    assert (peaks.forward, peaks.backward) == (without.forward, without.backward)
+    assert peaks.lasting == allocator.allocated == 2000
+    assert peaks.reserved == without.reserved + 2000
+    assert replay(forward, backward, JOINT, ExactAllocator()) == without
+
+
+def test_a_workspace_takes_what_is_free_when_it_is_made() -> None:
+    """In the order of allocations: at the first call it may lie in what a buffer has left, later not."""
+    mib = 2**20
+    buffer = (Event("x", 40 * mib), Event("x", FREE))
+    joint, backward = Joint(0, 0, {}, {}), Trace((), (), ())
+    for events, segments in (((*buffer, LASTING), 80), ((LASTING, *buffer), 72)):
+        allocator = CachingAllocator()
+        replay(Trace((), (), events), backward, joint, allocator, workspaces={"cublas": 32 * mib})
+        assert allocator.reserved == segments * mib
 
 
 def test_steps_give_everything_back() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from bench.reserved import MIB, Logged, Row, alignment, at_peak, compared, planned_step, real_step
+from bench.reserved import MIB, Logged, Row, alignment, at_peak, compared, planned_step, play_real, real_step
 from ciuic_compile.replay import FREE, Event, Joint, Trace, replay
 
 FORWARD = Trace(
@@ -16,7 +16,7 @@ FORWARD = Trace(
 BACKWARD = Trace(
     ("kept", "tangents_1"),
     ("grad",),
-    (Event("inside", 5 * MIB, transient=True), Event("grad", 9 * MIB), Event("kept", FREE)),
+    (Event("inside", 5 * MIB), Event("inside", FREE), Event("grad", 9 * MIB), Event("kept", FREE)),
 )
 JOINT = Joint(2, 1, {"kept": 1}, {"tangents_1": 4})
 PLANNED: dict[str, Any] = {
@@ -48,7 +48,8 @@ def real_events() -> list[list[Row]]:
 
 
 def cell(steps: list[list[Row]], reserved: int) -> dict[str, Any]:
-    run = {"start": START, "steps": [{"events": events, "reserved": reserved} for events in steps]}
+    steps_of = [{"events": events, "reserved": reserved} for events in steps]
+    run = {"start": START, "end": START, "steps": steps_of}
     return {
         "model": "gpt", "config": "4:1", "batch": 1, "length": 1, "precision": "fp32", "size": "tiny",
         "fraction": None, "planned": PLANNED, "kept": run, "clean": run,
@@ -63,7 +64,7 @@ def test_what_went_as_planned_differs_in_nothing() -> None:
     replay(FORWARD, BACKWARD, JOINT, reserved)
     row, said = compared(cell(steps, reserved.reserved))
     assert row[-1] == "0"
-    assert len(set(row[6:10])) == 1  # planned, real, our allocator on real events and from the real start
+    assert len(set(row[6:11])) == 1  # planned, real, our allocator on real events and from the real start
     assert "  0 events differ:" in said
 
 
@@ -94,3 +95,32 @@ def test_free_blocks_of_the_start_are_used_first() -> None:
     allocator.free(1 << 30)
     allocator.alloc(19 * MIB)
     assert allocator.reserved == 20 * MIB
+
+
+def test_gradients_go_between_the_steps_and_workspaces_stay() -> None:
+    """Nothing is recorded there: what has its address again, or is not in use in the end, was given back."""
+    gradient, workspace = 40 * MIB, 32 * MIB
+    first = [("alloc", 1, gradient, ""), ("alloc", 2, workspace, "")]
+    end = [*START, {**START[0], "blocks": [(1, gradient, True), (2, workspace, True)]}]
+    run = {"start": START, "end": end, "steps": [{"events": first}, {"events": first[:1]}]}
+    assert play_real(run, placed=False) == (20 + 40 + 32) * MIB
+    run["end"] = START
+    run["steps"] = [{"events": first}, {"events": [("alloc", 3, gradient + workspace, "")]}]
+    assert play_real(run, placed=False) == (20 + 40 + 32 + 72) * MIB
+
+
+def test_equal_blocks_are_told_apart_by_the_drivers_addresses() -> None:
+    """The one at the lower address is taken: the second segment's, if the driver put it there."""
+    size, low, high = 40 * MIB, 1 << 31, 1 << 32
+    events = [
+        ("segment_alloc", high, size, ""), ("alloc", high, size, ""),
+        ("segment_alloc", low, size, ""), ("alloc", low, size, ""),
+        ("free_completed", high, size, ""), ("free_completed", low, size, ""),
+        ("alloc", low, 21 * MIB, ""),
+    ]  # fmt: skip
+    allocator = Logged.at(START)
+    allocator.given = [(size, high), (size, low)]
+    assert [allocator.alloc(size), allocator.alloc(size)] == [high, low]
+    allocator.free(high), allocator.free(low)
+    assert allocator.alloc(21 * MIB) == low
+    assert play_real({"start": START, "end": START, "steps": [{"events": events}]}, placed=True) == 100 * MIB

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from bench.peaks import empty_kernels
 from ciuic_compile import compat_wrapper
-from ciuic_compile.workspace import Operand, workspace_bytes
+from ciuic_compile.workspace import Operand, blas_libraries, workspaces
 from tests.training import Lambda
 
 MIB = 2**20
@@ -56,6 +57,16 @@ def operand(*shape: int, itemsize: int = 2, layout: str = "plain") -> Operand:
     return Operand(tuple(shape), tuple(strides), itemsize)
 
 
+def total(
+    op: str,
+    operands: list[Operand],
+    result: Operand | None = None,
+    arguments: dict[str, object] | None = None,
+) -> int:
+    """Bytes of all of a call's temporaries."""
+    return sum(workspaces(op, operands, result, arguments))
+
+
 @pytest.mark.parametrize("name", [n for n in ROWS if "backward" in n and "x" in n and "convol" not in n])
 def test_formulas(name: str) -> None:
     kind, shape, dtype = re.fullmatch(r"(\w+(?: backward)?) (.*) (\w+)", name).groups()  # type: ignore[union-attr]
@@ -63,12 +74,12 @@ def test_formulas(name: str) -> None:
     if kind == "embedding_dense_backward":
         tokens, _, width = map(int, re.findall(r"\d+", shape))
         operands = [operand(tokens, width, itemsize=size), operand(tokens, itemsize=8)]
-        expected = workspace_bytes(f"aten.{kind}.default", operands)
+        expected = total(f"aten.{kind}.default", operands)
     else:
         batch, heads, kv, rows, width = map(int, re.findall(r"\d+", shape))
         op = f"aten._scaled_dot_product_{kind.split()[0]}_attention_backward.default"
         q, k = (operand(batch, h, rows, width, itemsize=size) for h in (heads, kv))
-        expected = workspace_bytes(op, [q, q, k, k])
+        expected = total(op, [q, q, k, k])
     assert expected == pytest.approx(ROWS[name], rel=0.02)
 
 
@@ -80,8 +91,8 @@ def convolved(
     weight = operand(out, channels, kernel, kernel, layout=layout)
     features = operand(batch, out, side // stride, side // stride, layout=layout)
     return (
-        workspace_bytes("aten.convolution.default", [image, weight], features, ONE),
-        workspace_bytes("aten.convolution_backward.default", [features, image, weight], None, ONE),
+        total("aten.convolution.default", [image, weight], features, ONE),
+        total("aten.convolution_backward.default", [features, image, weight], None, ONE),
     )
 
 
@@ -106,14 +117,59 @@ def test_an_image_of_three_planes_is_padded_to_eight() -> None:
     assert forward == pytest.approx(ROWS["convolution 32x3->64 224^2 k7 s2 bfloat16"], abs=512)
 
 
+@pytest.mark.parametrize(("batch", "side"), [(64, 224), (32, 160)])
+def test_an_image_cut_in_patches_is_copied(batch: int, side: int) -> None:
+    """A ViT's first layer, as bench/reserved.py saw it on an H200; the backward also took 18 MiB of sums."""
+    image, weight = operand(batch, 3, side, side), operand(768, 3, 16, 16)
+    features = operand(batch, 768, side // 16, side // 16)
+    call = {**ONE, "stride": [16, 16]}
+    measured = {(64, 224): (70.375, 18.375), (32, 160): (20.1875, 4.6875)}[batch, side]
+    forward = workspaces("aten.convolution.default", [image, weight], features, call)
+    assert forward == (measured[0] * MIB,)
+    gradient = operand(*features.shape, layout="last")  # plain as its image: copied by torch, then by cuDNN
+    backward = workspaces("aten.convolution_backward.default", [gradient, image, weight], None, call)
+    assert backward == (measured[1] * MIB, measured[0] * MIB)
+    overlapping = {**ONE, "stride": [8, 8]}
+    assert workspaces("aten.convolution.default", [image, weight], features, overlapping) == ()
+
+
+def test_a_gradient_with_gaps_is_copied_first() -> None:
+    """Half of the channels that a UNet concatenated: seen on an H200 as 32 and 64.07 MiB."""
+    image, weight = operand(64, 64, 64, 64), operand(64, 64, 3, 3)
+    gradient = Operand((64, 64, 64, 64), (2 * 64**3, 64**2, 64, 1), 2)
+    blocks = workspaces("aten.convolution_backward.default", [gradient, image, weight], None, ONE)
+    assert blocks == (32 * MIB, total("aten.convolution_backward.default", [image, image, weight], None, ONE))
+    pointwise = operand(64, 64, 1, 1)  # in doubt whether its channels come last: plain, so torch copies
+    assert total("aten.convolution_backward.default", [gradient, image, pointwise], None, ONE) == 32 * MIB
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 4), (1, 8, 4, 4), (1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_read_as_torch_reads_them(shape: tuple[int, ...], layout: str) -> None:
+    tensor = torch.empty(shape).to(memory_format=LAYOUTS[layout])
+    for t in (tensor, tensor[:, :1], tensor[..., :1]):
+        seen = Operand(tuple(t.shape), t.stride(), 4)
+        assert seen.suggests_channels_last == (suggest_memory_format(t) == torch.channels_last)
+        assert seen.is_plain == t.is_contiguous()
+        assert seen.plain.strides == t.contiguous().new_empty(t.shape).stride()
+
+
+def test_libraries_that_a_matmul_calls() -> None:
+    """cuBLASLt adds a bias of one row; an H200 (torch 2.11) made 32 MiB and then 1 MiB there."""
+    row, matrix, square = operand(8), operand(8, 8), operand(8, 8)
+    assert blas_libraries("addmm", [row, square, square]) == ("cublas", "cublaslt")
+    assert blas_libraries("addmm", [Operand((8, 8), (0, 1), 2), square, square]) == ("cublas", "cublaslt")
+    assert blas_libraries("addmm", [matrix, square, square]) == ("cublas",)
+    assert blas_libraries("mm", [row, square]) == blas_libraries("bmm", [square, square]) == ("cublas",)
+    assert blas_libraries("convolution", [square, square]) == ()
+
+
 def test_only_what_lies_otherwise_is_copied() -> None:
     """torch takes channels last for all when the image or the weights have it, and copies the others."""
     image, features = operand(2, 16, 8, 8, layout="last"), operand(2, 32, 8, 8)
     weight = operand(32, 16, 3, 3)
     call = [features, image, weight]
-    assert workspace_bytes("aten.convolution_backward.default", call, None, ONE) == 2 * (
-        2 * 32 * 64 + 32 * 144
-    )
+    assert total("aten.convolution_backward.default", call, None, ONE) == 2 * (2 * 32 * 64 + 32 * 144)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +181,8 @@ def test_other_convolutions_are_not_known(change: object) -> None:
     image, weight = operand(2, 16, 8, 8, *more, itemsize=size), operand(32, 16, 3, 3, *more, itemsize=size)
     features = operand(2, 32, 8, 8, *more, itemsize=size)
     arguments = {**ONE, **change} if isinstance(change, dict) else ONE
-    assert workspace_bytes("aten.convolution.default", [image, weight], features, arguments) == 0
-    assert (
-        workspace_bytes("aten.convolution_backward.default", [features, image, weight], None, arguments) == 0
-    )
+    assert total("aten.convolution.default", [image, weight], features, arguments) == 0
+    assert total("aten.convolution_backward.default", [features, image, weight], None, arguments) == 0
 
 
 def test_channels_last() -> None:
@@ -143,9 +197,9 @@ def test_what_inductor_says_about_convolutions(monkeypatch: pytest.MonkeyPatch) 
     """Op, layouts and arguments, as read from Inductor's own nodes of a forward and a backward."""
     seen: list[tuple[str, list[Operand], Operand | None, dict[str, object]]] = []
 
-    def record(node: object) -> int:
+    def record(node: object) -> tuple[int, ...]:
         seen.append(compat_wrapper._call(node))
-        return 0
+        return ()
 
     monkeypatch.setattr(compat_wrapper, "_workspace", record)
 
@@ -161,6 +215,9 @@ def test_what_inductor_says_about_convolutions(monkeypatch: pytest.MonkeyPatch) 
     for calls, groups in ((forwards, [1, 2]), (backwards, [2, 1])):
         assert [call[3]["groups"] for call in calls] == groups
         assert not any(call[3]["transposed"] for call in calls)
+        assert [list(call[3]["stride"]) for call in calls] == (
+            [[2, 2], [1, 1]][:: 1 if groups == [1, 2] else -1]
+        )  # type: ignore[call-overload]
     for _, (image, weight), features, _ in forwards:  # Inductor's layout for convolutions on a CPU
         assert image.channels_last and weight.channels_last
         assert features is not None and features.channels_last and features.shape[1] == weight.shape[0] == 4
@@ -171,5 +228,5 @@ def test_what_inductor_says_about_convolutions(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_not_known_is_nothing() -> None:
-    assert workspace_bytes("aten.mm.default", [operand(4, 4), operand(4, 4)], operand(4, 4)) == 0
-    assert workspace_bytes("", []) == 0
+    assert total("aten.mm.default", [operand(4, 4), operand(4, 4)], operand(4, 4)) == 0
+    assert total("", []) == 0

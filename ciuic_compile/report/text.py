@@ -118,7 +118,9 @@ def _device(plan: Plan) -> list[str]:
     accumulate = f"; accumulating gradients adds {size(plan.gradient_bytes)}" if plan.gradient_bytes else ""
     reserved = f"reserved {size(plan.reserved_bytes)}"
     reserved += f", process {size(plan.process_bytes)}" if plan.process_bytes is not None else ""
-    return [f"  memory {reserved} with {size(plan.input_bytes)} of parameters and inputs{accumulate}{moved}"]
+    held = f"{size(plan.input_bytes)} of parameters and inputs"
+    held += f", {size(plan.blas_bytes)} of cuBLAS" if plan.blas_bytes else ""
+    return [f"  memory {reserved} with {held}{accumulate}{moved}"]
 
 
 def _actions(summary: Summary, full: bool) -> list[str]:

@@ -67,6 +67,7 @@ _PLANS = st.builds(
     input_bytes=_SIZES,
     gradient_bytes=_SIZES,
     reserved_bytes=st.none() | _SIZES,
+    blas_bytes=_SIZES,
     process_bytes=st.none() | _SIZES,
     correction_bytes=st.integers(-(2**50), 2**50),
 )
