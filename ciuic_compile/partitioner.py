@@ -18,7 +18,7 @@ from .config import CompileConfig
 from .confirm import joint_of
 from .errors import InfeasibleBudgetError, VerificationError
 from .passes import Graphs, default_passes, run_pipeline
-from .planner import Codecs, Selection, choose_codecs, fit_budget, make_plan, select
+from .planner import Codecs, Selection, choose_codecs, cost_us, fit_budget, make_plan, select
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
@@ -140,7 +140,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             return current if too is not None and too.smallest_bytes > missed.smallest_bytes else other
         if other.infeasible is not None:
             why = "the budget leaves no room for it"
-        elif not _is_better(current.draft, other.draft, current.model):
+        elif not _is_better(current, other):
             if "feed-forwards" in more:
                 why = "that brings ratio and budget no closer"
             else:
@@ -152,12 +152,13 @@ class CiuicPartitioner(CustomPartitionerFn):
         return current
 
 
-def _is_better(current: Draft, other: Draft, model: MemoryModel) -> bool:
-    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or
-    the budget would cost the gradients more in this one."""
-    if current.codecs.tightened and other.codecs.variance < current.codecs.variance:
-        return True
-    return _misses_ratio(current, model) and other.codecs.nbytes < current.codecs.nbytes
+def _is_better(current: Candidate, other: Candidate) -> bool:
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or it
+    meets the budget at a smaller error that is worth its matmuls once more."""
+    before, after = current.draft.codecs, other.draft.codecs
+    if before.tightened and after.variance < before.variance:
+        return cost_us(other.model, after) < cost_us(current.model, before)
+    return _misses_ratio(current.draft, current.model) and after.nbytes < before.nbytes
 
 
 def _misses_ratio(draft: Draft, model: MemoryModel) -> bool:
@@ -200,10 +201,8 @@ class Candidate:
 
     @property
     def misses(self) -> bool:
-        """Whether its plan misses the ratio or the budget, or meets that only at a greater error."""
-        if self.infeasible is not None:
-            return True
-        return self.draft.codecs.tightened or _misses_ratio(self.draft, self.model)
+        """Whether its plan misses the ratio or the budget."""
+        return self.infeasible is not None or _misses_ratio(self.draft, self.model)
 
     @cached_property
     def draft(self) -> Draft:
@@ -293,7 +292,8 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
     codecs = selection.codecs or choose_codecs(model, selection)
-    return Draft(selection.saved, codecs, _peaks(_copy(graphs), codecs.by_name, correction), added)
+    peaks = _peaks(_copy(graphs), codecs.by_name, correction)
+    return Draft(selection.saved, codecs, peaks, added)
 
 
 def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:

@@ -25,7 +25,7 @@ from ..types import Action, Decision, Plan, Price
 from .assign import Option, assign
 from .error_model import ErrorModel, relative_mse
 from .fit import Fit, Judge, fit
-from .formulate import formulate, storable
+from .formulate import error_as_us, formulate, storable
 from .select import NoCut, follows_rules, select_saved
 from .timing import node_us
 
@@ -272,6 +272,16 @@ def make_plan(
         notes=(*selection.notes, *codecs.notes, *notes, *_calibrated(model), *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),
     )
+
+
+def cost_us(model: MemoryModel, codecs: Codecs) -> float:
+    """What a plan costs a step, in microseconds: codecs, what is computed again, gradient error as time.
+
+    Of a plan that no budget tightened, what cheap operations rebuild is left out.
+    """
+    time_us = sum(o.time_us for o in codecs.options.values()) + (codecs.rebuilt_us or 0.0)
+    error_us = error_as_us(model) * codecs.variance if codecs.variance else 0.0
+    return time_us + _chunks_again_us(model) + error_us
 
 
 def _chunks_again_us(model: MemoryModel) -> float:

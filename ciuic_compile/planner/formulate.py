@@ -89,6 +89,11 @@ def formulate(
     return _Builder(model, options, frozenset(favoured)).build()
 
 
+def error_as_us(model: MemoryModel) -> float:
+    """Microseconds that a unit of the gradients' relative variance weighs as much as."""
+    return _ERROR_AS_TIME * _Builder(model, {}, frozenset()).step_us
+
+
 def storable(model: MemoryModel) -> list[fx.Node]:
     """Owners of the forward's storages that could live on to the backward, in order."""
     return [
@@ -116,7 +121,7 @@ class _Builder:
             self.forward_steps,
             tuple(self._base(set(nodes))),
             tuple(candidates),
-            variance_weight=_ERROR_AS_TIME * self._step_us,
+            variance_weight=_ERROR_AS_TIME * self.step_us,
         )
         return Formulation(problem, tuple(nodes), self.model)
 
@@ -354,7 +359,7 @@ class _Builder:
         return [live := live + change for change in delta[:-1]]
 
     @cached_property
-    def _step_us(self) -> float:
+    def step_us(self) -> float:
         """Predicted time of a step, of what writes to memory."""
         early = self.model.classes.used_forward
         total = sum(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .. import compat
 from ..capture import tensor
-from ..classify import packet
+from ..classify import is_attention, packet
 from ..devices import DeviceProfile
 from ..simulate import tensor_bytes
+from .energy import is_attention_backward
 
 
 def node_us(node: fx.Node, device: DeviceProfile) -> float:
@@ -26,7 +30,21 @@ def flops(node: fx.Node) -> float:
     if count is None:
         return 0.0
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    if is_attention(node) or is_attention_backward(node):
+        return float(compat.hint(count(*_with_equal_heads(args), **kwargs, out_val=node.meta["val"])))
     return float(compat.hint(count(*args, **kwargs, out_val=node.meta["val"])))
+
+
+def _with_equal_heads(args: Sequence[object]) -> list[object]:
+    """Attention's operands with as many heads of keys as of queries, as torch's count asks for."""
+    heads = max((a.shape[1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4), default=0)
+
+    def repeated(value: object) -> object:
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[1] != heads:
+            return value.repeat(1, heads // value.shape[1], 1, 1)
+        return value
+
+    return [repeated(a) for a in args]
 
 
 def _itemsize(node: fx.Node) -> int:
