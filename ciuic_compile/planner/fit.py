@@ -99,7 +99,7 @@ def fit(
     if fitting:
         best = min(fitting, key=lambda f: f.evaluation.cost)
         limited = replace(problem, budget=max(budget - drift, best.evaluation.peak_bytes))
-        price = prices(limited, best, min(_STEP, budget // 10), seconds * _SHARES[-1], _GAP)
+        price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _SHARES[-1], _GAP)
         return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
     certificate = solve(replace(problem, budget=0), seconds, _GAP, starts)

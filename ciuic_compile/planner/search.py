@@ -323,7 +323,10 @@ class Search:
         )
         before = self.best
         self.struck |= result.status == 1
-        self._learn(result.status, result.fun if linear else result.mip_dual_bound, scale, ties)
+        optimum = (
+            result.fun if result.status == 0 else None
+        )  # of a linear program; stopped early, it is no bound
+        self._learn(result.status, optimum if linear else result.mip_dual_bound, scale, ties)
         if result.x is None:
             return None
         raw = self.relaxation.decision(result.x)
