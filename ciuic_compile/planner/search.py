@@ -323,9 +323,7 @@ class Search:
         )
         before = self.best
         self.struck |= result.status == 1
-        optimum = (
-            result.fun if result.status == 0 else None
-        )  # of a linear program; stopped early, it is no bound
+        optimum = result.fun if result.status == 0 else None  # what the clock stopped is no bound
         self._learn(result.status, optimum if linear else result.mip_dual_bound, scale, ties)
         if result.x is None:
             return None
