@@ -11,6 +11,7 @@ from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
+from .search import EXACT
 from .solve import Infeasible, Price, Solution, prices, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
@@ -81,14 +82,17 @@ def fit(
     first, peaks = judged_before
     drift = peaks.peak - evaluate(problem, first).peak_bytes
     starts, tried, warm, struck = [start], list[Fit](), None, False
+    bounds: list[tuple[int, float]] = []  # of the programs solved: budget, and what nothing within it undercuts
     for share in _SHARES:
         solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)
+        if not isinstance(solution, Infeasible):
+            struck |= solution.struck
+            bounds.append((budget - drift, solution.bound))
         if solution.decision is None or solution.decision in starts:
             break
         starts.append(warm := solution.decision)
         found = judged(solution.decision)
         if not isinstance(solution, Infeasible):
-            struck |= solution.struck
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
         drift = found.peaks.peak - found.evaluation.peak_bytes
@@ -97,7 +101,7 @@ def fit(
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
-        best = min(fitting, key=lambda f: f.evaluation.cost)
+        best = _certified(min(fitting, key=lambda f: f.evaluation.cost), budget, bounds)
         limited = replace(problem, budget=max(budget - drift, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _SHARES[-1], _GAP)
         return replace(best, struck=struck, price=price)
@@ -107,8 +111,23 @@ def fit(
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
     if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):
-        return least
+        return replace(least, struck=struck)
     raise _infeasible(formulation, budget, least.peaks.peak, certificate)
+
+
+def _certified(found: Fit, budget: int, bounds: Sequence[tuple[int, float]]) -> Fit:
+    """With the bound of the budget that its own drift leaves, where that (or more) was solved as well.
+
+    The round that found it may have had a tighter one, whose bound is too high for what the judge allows.
+    """
+    room = budget - (found.peaks.peak - found.evaluation.peak_bytes)
+    holding = [bound for within, bound in bounds if within >= room]
+    cost = found.evaluation.cost
+    if not holding or cost <= 0:
+        return found
+    bound = min(max(holding), cost)
+    gap = (cost - bound) / cost
+    return replace(found, bound=bound, gap=gap if gap > EXACT else 0.0)
 
 
 def _keeps_limits(problem: Problem, found: Evaluation) -> bool:

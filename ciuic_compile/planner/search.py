@@ -138,6 +138,11 @@ class Search:
                 return
         self._exact()
 
+    def _late(self) -> bool:
+        """Whether time is up, though there would be more to do."""
+        self.struck |= self.clock.over()
+        return self.clock.over()
+
     def _done_early(self) -> bool:
         return self.metric == "any" and self.best is not None
 
@@ -285,7 +290,7 @@ class Search:
 
     def _exact(self) -> None:
         """Rounds of integer programs until the gap is closed."""
-        while not self.infeasible and not self.clock.over():
+        while not self.infeasible and not self._late():
             solved = self._round()
             if solved is None:
                 return
@@ -404,7 +409,7 @@ class Search:
     def _large(self) -> None:
         """Relaxations, whose answers are rounded and mended, before any integer program."""
         for _ in range(_RELAXATIONS):
-            if self.clock.over() or self._round(linear=True) is None or self.infeasible:
+            if self._late() or self._round(linear=True) is None or self.infeasible:
                 return
 
 

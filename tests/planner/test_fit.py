@@ -1,0 +1,61 @@
+"""The rounds of a budget: what is certified is the plan that is kept, under the budget that the judge leaves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ciuic_compile.planner.fit import fit
+from ciuic_compile.planner.program import ABSENT, Candidate, Decision, Problem, Rebuild, Store, evaluate
+from ciuic_compile.planner.search import Search
+
+
+class Plain:
+    """A formulation whose "nodes" are the decision itself."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def saved(self, decision: Decision) -> Decision:
+        return decision
+
+    def stored(self, decision: Decision) -> dict[Any, None]:
+        return {}
+
+
+def test_the_gap_is_that_of_the_budget_that_the_judge_leaves() -> None:
+    """The first round is too tight; the second finds a cheaper plan, which the judge rejects."""
+    values = [
+        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
+        for i, (size, us) in enumerate([(100, 10.0), (60, 8.0), (40, 5.0)])
+    ]
+    # Step 1, in the forward, is where stores weigh: what is rebuilt is alive in the backward all the same.
+    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    drifts = {(0, 0, 0): 100}
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes + drifts.get(decision, 0))
+
+    every = (0, 0, 0)
+    formulation: Any = Plain(problem)
+    start = (ABSENT, ABSENT, ABSENT)
+    found = fit(formulation, 1200, start, (every, judge(every, None)), judge, 10.0)
+    drift = found.peaks.peak - found.evaluation.peak_bytes
+    assert found.peaks.peak <= 1200 and drift == 0
+    best = Search(Problem(2, problem.base, problem.candidates, budget=1200), "cost", 10.0, 0.0)
+    best.run()
+    assert best.best is not None
+    assert found.bound <= best.best[1].cost * (1 + 1e-9)
+    assert found.evaluation.cost > 0
+    assert found.gap == pytest.approx(1 - found.bound / found.evaluation.cost, abs=1e-6)
+
+
+def test_time_that_runs_out_between_two_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = Candidate("v", 10, 0, 0, (1,), (Store(10),), Rebuild(1.0))
+    search = Search(Problem(1, (0, 0), (value,), budget=15), "cost", 100.0, 0.0)
+    monkeypatch.setattr(search, "seed", lambda: None)
+    monkeypatch.setattr(search.clock, "over", lambda: True)
+    search.run()
+    assert search.best is None and search.struck
