@@ -82,7 +82,7 @@ def fit(
     first, peaks = judged_before
     drift = peaks.peak - evaluate(problem, first).peak_bytes
     starts, tried, warm, struck = [start], list[Fit](), None, False
-    bounds: list[tuple[int, float]] = []  # of the programs solved: budget, and what nothing within it undercuts
+    bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
     for share in _SHARES:
         solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)
         if not isinstance(solution, Infeasible):

@@ -1,4 +1,4 @@
-"""The rounds of a budget: what is certified is the plan that is kept, under the budget that the judge leaves."""
+"""The rounds of a budget: certified is the plan that is kept, under the budget that the judge leaves."""
 
 from __future__ import annotations
 
