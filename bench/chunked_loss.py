@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import ciuic_compile
-from bench import common, measure
-from bench.step_time import WithLossView, build, ratio, step_of, take_turns
+from bench import common
+from bench.step_time import WithLossView, build, footprint, ratio, step_of, take_turns
 from ciuic_compile.config import set_default_config
 
 CONFIGS = ("inductor", "lossless chunk_loss=False", "lossless", "4:1 chunk_loss=False", "4:1")
@@ -36,25 +36,18 @@ WARMUP = 2
 
 def measured(config: str, spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], None]]:
     """What one configuration allocates, and its step."""
-    model, inputs, targets, device = build(spec)
+    model, inputs, targets, _ = build(spec)
     before = len(ciuic_compile.plans())
     run = common.compile_as(WithLossView(model), config)
     step = step_of(model, run, inputs, targets)
     for _ in range(WARMUP):
         step()
-    model.zero_grad(set_to_none=True)
-    with measure.peak(device) as peak:
-        run(inputs, targets).backward()
-    model.zero_grad(set_to_none=True)
-    loss = run(inputs, targets)
-    saved = measure.saved(loss, measure.model_tensors(model, inputs, targets)).nbytes
+    taken = footprint(model, run, inputs, targets)
     plans = ciuic_compile.plans()[before:]
     return {
-        "saved": saved,
-        "peak": peak.nbytes,
+        **taken,
         "planned_saved": plans[0].planned_saved_bytes if plans else None,
         "planned_peak": plans[0].planned_peak_bytes if plans else None,
-        "loss": loss.item(),
         "notes": [note for plan in plans for note in plan.notes if "chunk" in note],
     }, step
 

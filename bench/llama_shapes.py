@@ -26,7 +26,7 @@ import ciuic_compile
 from bench import common, measure
 from bench.language import Llama, TransformerConfig
 from bench.models import WithLoss
-from bench.step_time import WithLossView, build, ratio, step_of, take_turns
+from bench.step_time import WithLossView, build, footprint, ratio, step_of, take_turns
 from ciuic_compile import analyze, compat
 from ciuic_compile.config import set_default_config
 from ciuic_compile.devices import named
@@ -71,20 +71,8 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
         error = measure.gradient_error(reference, measure.gradients(model))
         for _ in range(WARMUP):
             step()
-        model.zero_grad(set_to_none=True)
-        with measure.peak(device) as peak:
-            run(inputs, targets).backward()
-        model.zero_grad(set_to_none=True)
-        loss = run(inputs, targets)
-        saved = measure.saved(loss, measure.model_tensors(model, inputs, targets)).nbytes
-        results[config] = {
-            "saved": saved,
-            "peak": peak.nbytes,
-            "error": asdict(error),
-            "loss": loss.item(),
-            "compile_s": round(compile_s, 1),
-        }
-        del loss
+        taken = footprint(model, run, inputs, targets)
+        results[config] = {**taken, "error": asdict(error), "compile_s": round(compile_s, 1)}
         for plan in ciuic_compile.plans()[before:]:
             results[config] |= {
                 "planned_saved": plan.planned_saved_bytes,

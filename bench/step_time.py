@@ -47,6 +47,19 @@ def step_of(model: WithLoss, run: Callable[..., torch.Tensor], *batch: torch.Ten
     return step
 
 
+def footprint(
+    model: torch.nn.Module, run: Callable[..., torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor
+) -> dict[str, Any]:
+    """Peak and saved bytes of a step that starts with no gradients, and its loss. Warm up first."""
+    model.zero_grad(set_to_none=True)
+    with measure.peak(inputs.device) as peak:
+        run(inputs, targets).backward()
+    model.zero_grad(set_to_none=True)
+    loss = run(inputs, targets)
+    saved = measure.saved(loss, measure.model_tensors(model, inputs, targets)).nbytes
+    return {"saved": saved, "peak": peak.nbytes, "loss": loss.item()}
+
+
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure one configuration, or several taking turns."""
     if "turns" in spec:
@@ -60,21 +73,12 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     error = measure.gradient_error(reference, {n: g.cpu() for n, g in measure.gradients(model).items()})
     for _ in range(2):
         step()
-    model.zero_grad(set_to_none=True)
-    with measure.peak(device) as peak:
-        run(inputs, targets).backward()
-    model.zero_grad(set_to_none=True)
-    loss = run(inputs, targets)
-    saved = measure.saved(loss, measure.model_tensors(model, inputs, targets))
-    value = loss.item()
-    loss.backward()
+    taken = footprint(model, run, inputs, targets)
     times = measure.time_steps(step, device, spec["steps"])
     return {
-        "saved": saved.nbytes,
-        "peak": peak.nbytes,
+        **taken,
         "step_ms": statistics.median(times),
         "step_ms_all": times,
-        "loss": value,
         "error": asdict(error),
         **common.plans_summary(),
     }
