@@ -69,6 +69,11 @@ class IntGroupCodec(Codec):
         except OptionError:  # a variant that this family does not have
             return None
 
+    @classmethod
+    def defaults(cls) -> tuple[IntGroupCodec, ...]:
+        """The codecs the planner considers unless told otherwise: symmetric groups of 64."""
+        return (cls(64),)
+
     @property
     def levels(self) -> Levels:
         """The integer codes."""

@@ -32,7 +32,7 @@ _SCALE = 1e4
 #: Share of the cost that all ties together may weigh: variance first, then bytes.
 _TIES = (2e-7, 2e-8)
 
-#: More 0/1 columns than this are first reduced by the linear relaxation.
+#: A problem of more 0/1 columns than this is large: relaxed before it is solved as it is.
 _SMALL = 400
 
 #: Share of the time for greedy moves, counted in work, and how much of what is left the clock allows them.

@@ -3,8 +3,8 @@
 Each round solves the rows so far, simulates the answer and adds the rows of the steps that are over
 budget. All rows hold for every decision, so each round's dual bound is a bound for the whole problem.
 HiGHS accepts a row that is exceeded by a millionth; the simulator does not, and what it rejects though its
-row is there is cut off by name. Large problems first solve the linear relaxation: its bound and reduced
-costs fix most columns, and a small integer problem around its fractional part gives a first answer.
+row is there is cut off by name. Large problems first solve linear relaxations, for their bound and for the
+answers that greedy moves make of them; integer programs follow where they are likely to end in time.
 """
 
 from __future__ import annotations

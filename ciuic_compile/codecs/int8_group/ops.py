@@ -21,11 +21,6 @@ class Int8Group(IntGroupCodec):
         if not self.symmetric:
             raise OptionError("int8 groups are symmetric; there is no affine form")
 
-    @classmethod
-    def defaults(cls) -> tuple[Int8Group, ...]:
-        """The codecs the planner considers unless told otherwise."""
-        return (cls(64),)
-
     def backend(self, impl: str) -> Backend:
         """See :meth:`IntGroupCodec.backend`."""
         if impl == "kernel":

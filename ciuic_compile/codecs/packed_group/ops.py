@@ -66,11 +66,6 @@ class Int5Group(PackedGroup):
     parts: ClassVar[int] = 8
     family: ClassVar[str] = "int5"
 
-    @classmethod
-    def defaults(cls) -> tuple[Int5Group, ...]:
-        """The codecs the planner considers unless told otherwise."""
-        return (cls(64),)
-
 
 @dataclass(frozen=True)
 class Int6Group(PackedGroup):
@@ -79,8 +74,3 @@ class Int6Group(PackedGroup):
     bits: ClassVar[int] = 6
     parts: ClassVar[int] = 4
     family: ClassVar[str] = "int6"
-
-    @classmethod
-    def defaults(cls) -> tuple[Int6Group, ...]:
-        """The codecs the planner considers unless told otherwise."""
-        return (cls(64),)
