@@ -25,6 +25,7 @@ from .types import Source, Storage, TensorClass
 _TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
+SHORT_OF_MEMORY = 1 / 8  # of the device's memory
 LOSSY_CODECS = ("int8_group{}", "int6_group{}", "int5_group{}", "int4_group{}_affine", "int4_group{}")
 """Names by group size, most precise first."""
 
@@ -65,6 +66,16 @@ class MemoryModel:
     def baseline_bytes(self) -> int:
         """Bytes that Inductor would save of the user's own graph."""
         return sum((self.original or self).baseline.values())
+
+    @cached_property
+    def short_of_memory(self) -> bool:
+        """Whether a ratio is asked of a graph so large that memory rather than time is what its user lacks.
+
+        So it is where Inductor would save an eighth of the device's memory or more between forward and
+        backward: parameters, gradients and an optimizer's state take their share beside it.
+        """
+        memory = self.device.memory_bytes
+        return self.config.lossy and memory is not None and self.baseline_bytes >= SHORT_OF_MEMORY * memory
 
     @cached_property
     def baseline_here(self) -> dict[fx.Node, int]:

@@ -23,6 +23,7 @@ class DeviceProfile:
         caches: whether torch's caching allocator stands between (CUDA).
         context_bytes: what a process takes beside the allocator's segments (CUDA context,
             loaded kernels); None where it was not measured.
+        memory_bytes: memory of the device, as its vendor states it; None where it varies.
         workspaces: bytes that libraries keep for each thread that calls them, by library.
     """
 
@@ -32,6 +33,7 @@ class DeviceProfile:
     context_bytes: int | None = None
     caches: bool = True
     workspaces: Mapping[str, int] = field(default_factory=lambda: _CUBLAS)
+    memory_bytes: int | None = None
 
     def microseconds(self, nbytes: int) -> float:
         """Time to move ``nbytes`` at full bandwidth, in microseconds."""
@@ -47,10 +49,17 @@ class DeviceProfile:
 # Matmul rates of GPUs: datasheets, dense bfloat16. Real ones are lower (an H200's whole Llama step in
 # bench/results/step_time-h200.json ran at 610 TFLOP/s), so what is weighed against matmuls weighs less.
 _PROFILES = (
-    DeviceProfile("h200", 4.0e6, 989e6, context_bytes=623_706_112, workspaces=_CUBLAS_HOPPER),
-    DeviceProfile("h100", 3.0e6, 989e6, workspaces=_CUBLAS_HOPPER),
+    DeviceProfile(
+        "h200",
+        4.0e6,
+        989e6,
+        context_bytes=623_706_112,
+        workspaces=_CUBLAS_HOPPER,
+        memory_bytes=141_000_000_000,
+    ),
+    DeviceProfile("h100", 3.0e6, 989e6, workspaces=_CUBLAS_HOPPER, memory_bytes=80_000_000_000),
     DeviceProfile("a100", 1.7e6, 312e6),
-    DeviceProfile("rtx 4090", 0.95e6, 165e6),
+    DeviceProfile("rtx 4090", 0.95e6, 165e6, memory_bytes=24_000_000_000),
 )
 _GENERIC_GPU = DeviceProfile("gpu", 1.0e6, 200e6)  # assumed: as many operations a byte as the others
 # Two cores of an EPYC: 18 GB/s, 261 GFLOP/s in bf16.

@@ -92,7 +92,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         for base in [whole, losses] if chosen is whole and len(tried) > 1 else [chosen]:
             if whole.feed_forwards.chunk is None:
                 break
-            if self._config.chunk_ffn is not True and not chosen.misses:
+            if self._config.chunk_ffn is not True and not chosen.misses and not chosen.model.short_of_memory:
                 why = "ratio and budget are met without their matmuls once more"
                 notes.setdefault("feed-forwards", f"{STAYS_WHOLE['feed-forwards']}: {why}")
             elif base.feed_forward is not None:
@@ -141,7 +141,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         if other.infeasible is not None:
             why = "the budget leaves no room for it"
         elif not _is_better(current, other):
-            if "feed-forwards" in more:
+            if "feed-forwards" in more and not current.model.short_of_memory:
                 why = "that brings ratio and budget no closer"
             else:
                 why = why_whole(current.draft.planned, other.draft.planned)
@@ -153,10 +153,11 @@ class CiuicPartitioner(CustomPartitionerFn):
 
 
 def _is_better(current: Candidate, other: Candidate) -> bool:
-    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or it
-    meets the budget at a smaller error that is worth its matmuls once more."""
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or,
+    where memory is short or a budget binds, its smaller error is worth its matmuls once more."""
     before, after = current.draft.codecs, other.draft.codecs
-    if before.tightened and after.variance < before.variance:
+    short = before.tightened or current.model.short_of_memory
+    if short and after.variance < before.variance and not _misses_ratio(other.draft, other.model):
         return cost_us(other.model, after) < cost_us(current.model, before)
     return _misses_ratio(current.draft, current.model) and after.nbytes < before.nbytes
 

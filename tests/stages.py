@@ -6,9 +6,10 @@ generate code, the graph itself is run. ``stage`` stops before the rewrite, so a
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -19,10 +20,12 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from ciuic_compile import analyze as analyze_module
 from ciuic_compile import compat, partitioner
 from ciuic_compile.analyze import MemoryModel, analyze
 from ciuic_compile.capture import CapturedGraph
 from ciuic_compile.config import parse_options
+from ciuic_compile.devices import named
 from ciuic_compile.partitioner import CiuicPartitioner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.planner import Selection
@@ -66,6 +69,14 @@ class Stage:
     def graphs(self) -> Graphs:
         """A fresh copy of the partitioned graphs, for passes to rewrite."""
         return copy_graphs(self.untouched)
+
+
+@contextlib.contextmanager
+def memory_of_the_device(nbytes: int) -> Iterator[None]:
+    """Plan for a CPU whose memory is so large."""
+    profile = replace(named("cpu"), memory_bytes=nbytes)
+    with mock.patch.object(analyze_module, "profile_for", return_value=profile):
+        yield
 
 
 def copy_graphs(graphs: Graphs) -> Graphs:

@@ -23,7 +23,7 @@ from ciuic_compile.feed_forward import FeedForwardFinder, is_feed_forward
 from ciuic_compile.partitioner import Draft, make_draft, plan_and_rewrite
 from ciuic_compile.rows import RowFinder
 from ciuic_compile.simulate import Peaks
-from tests.stages import Stage, stage
+from tests.stages import Stage, memory_of_the_device, stage
 
 CLASSES, WIDTH, TOKENS = 512, 8, 64
 AUTO: dict[str, Any] = {"chunk_loss": "auto", "loss_chunk_bytes": 16384}
@@ -202,6 +202,16 @@ def test_feed_forwards_are_chunked_where_a_ratio_or_a_budget_is_missed_without()
     assert chunks < 0.8 * whole
     assert not feed_forwards_chunked(staged(4, **options, budget=whole))
     assert feed_forwards_chunked(staged(4, **{**options, "chunk_ffn": True, "tokens": 16}))
+
+
+@pytest.mark.usefixtures("no_size_is_small")
+@pytest.mark.parametrize(("mode", "expected"), [("1.5:1", True), ("lossless", False)])
+def test_where_memory_is_short_the_error_of_the_whole_is_worth_chunks(mode: str, expected: bool) -> None:
+    """Chunks leave room for precise codecs at the same ratio; who has memory does not pay their matmuls."""
+    options: dict[str, Any] = {"chunk_loss": False, "chunk_ffn": "auto", "tokens": 1024, "mode": mode}
+    assert not feed_forwards_chunked(staged(4, **options))
+    with memory_of_the_device(1):
+        assert feed_forwards_chunked(staged(4, **options)) is expected
 
 
 @pytest.mark.usefixtures("no_size_is_small")
