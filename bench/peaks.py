@@ -52,8 +52,8 @@ GPU_SHAPES: dict[str, list[tuple[int, int]]] = {
     "encdec": [(16, 512), (8, 256)],
     "moe": [(8, 1024), (4, 512)],
     "vit": [(64, 224), (32, 160)],
-    "llama": [(8, 1024), (2, 2048)],
-    "gpt": [(8, 1024), (4, 512)],
+    "llama": [(8, 1024), (2, 2048), (16, 256)],
+    "gpt": [(8, 1024), (4, 512), (2, 2048)],
 }
 CPU_SHAPES: dict[str, list[tuple[int, int]]] = {  # the same, for size "tiny": activations above parameters
     "gpt": [(16, 128)],
