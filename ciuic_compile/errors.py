@@ -48,6 +48,14 @@ class PlanFileError(CiuicError):
     """A plan file that cannot be read: not JSON, truncated, or of another schema version."""
 
 
+class TargetError(CiuicError):
+    """What a command was to plan cannot be made: not found, not importable, or not a model with its inputs."""
+
+
+class OutputError(CiuicError):
+    """A file that was asked for cannot be written; nothing was."""
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest valid word, or an empty string."""
     match = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.5)
