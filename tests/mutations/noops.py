@@ -366,3 +366,11 @@ KINDS: Final[dict[str, Callable[[str], Edits]]] = {
     "temporary": _temporaries,
     "helper": _helpers,
 }
+
+#: Kinds after which every line is still there with its comment.
+KEEP_COMMENTS: Final = frozenset(
+    {
+        "variable renamed", "parameter renamed", "definition renamed", "attribute renamed", "comment",
+        "order", "docstring", "unused code", "equal rewrite",
+    }
+)  # fmt: skip

@@ -33,11 +33,11 @@ class Residual(nn.Module):
 class ConvNet(nn.Module):
     def __init__(self, channels=(32, 64), depth=1, classes=1000):
         super().__init__()
-        self.stem = ConvNorm(3, channels[0], stride=2)
+        self.stem = ConvNorm(3, channels[0], stride=4)
         self.stages = nn.ModuleList()
         previous = channels[0]
         for width in channels:
-            self.stages.append(ConvNorm(previous, width, stride=2))
+            self.stages.append(ConvNorm(previous, width, stride=width // previous))
             self.stages.extend(Residual(width) for _ in range(depth))
             previous = width
         self.head = nn.Linear(previous, classes)

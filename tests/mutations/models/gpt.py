@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, vocabulary=4096, width=WIDTH, layers=LAYERS, heads=8):
+    def __init__(self, vocabulary=3072, width=WIDTH, layers=LAYERS, heads=8):
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(2048, width)
@@ -75,5 +75,5 @@ class GPT(nn.Module):
 
 def make():
     model = GPT().to(torch.bfloat16)
-    ids = torch.randint(0, 4096, (BATCH, LENGTH + 1))
+    ids = torch.randint(0, 3072, (BATCH, LENGTH + 1))
     return model, (ids[:, :-1], ids[:, 1:])
