@@ -195,7 +195,7 @@ def generated(
     values = [n.meta["val"] for n in inputs]
     with (
         pretended_gpu(),
-        inductor_config.patch(backend._CUDA_PATCHES),
+        inductor_config.patch(backend.CUDA_PATCHES),
         torch.no_grad(),
         fake_mode,
         V.set_fake_mode(fake_mode),

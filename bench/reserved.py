@@ -104,7 +104,7 @@ def cell(spec: Mapping[str, Any]) -> dict[str, Any]:
                 forward=asdict(recording.forward),
                 backward=asdict(recording.backward),
                 joint=asdict(joint),
-                resident=confirm._storage_sizes(inputs),
+                resident=confirm.storage_sizes(inputs),
                 workspaces=plan.profile.workspaces,
             )
         return real_confirm(plan, recording, joint, inputs)

@@ -22,7 +22,7 @@ from .partitioner import CiuicPartitioner
 from .types import Plan
 
 # What Inductor does otherwise, and what it cost on a Llama-shaped backward (docs/torch-internals.md):
-_CUDA_PATCHES: dict[str, Any] = {
+CUDA_PATCHES: dict[str, Any] = {
     # keeps a dead buffer until a later one of its size takes its place, across layers: 688 MiB of a 3.1 GiB
     # peak. The caching allocator reuses at once.
     "allow_buffer_reuse": False,
@@ -68,13 +68,13 @@ def _compile(
     if config.mode == "off":
         return _inductor(gm, example_inputs, patches)
     name = f"graph {next(_counter)}"
-    if not _is_training(example_inputs):
+    if not is_training(example_inputs):
         report.emit_note(
             f"{name}: inference (no gradients): compiled as Inductor would, nothing is compressed", config
         )
         return _inductor(gm, example_inputs, patches)
     if main_device(example_inputs).type == "cuda":
-        patches = {**_CUDA_PATCHES, **patches}
+        patches = {**CUDA_PATCHES, **patches}
     compiled, plan = _planned(gm, example_inputs, config, patches, name)
     if plan is not None:
         _plans.append(plan)
@@ -174,7 +174,8 @@ def _inductor(
     return compiled  # type: ignore[no-any-return]
 
 
-def _is_training(example_inputs: Sequence[object]) -> bool:
+def is_training(example_inputs: Sequence[object]) -> bool:
+    """Whether a graph with these inputs has a backward."""
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )

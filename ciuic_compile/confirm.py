@@ -40,8 +40,8 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
     """The plan with the peaks of Inductor's own allocations; with a note where they are not known."""
     there = main_device(inputs)
     device = plan.profile or profile_for(there)
-    sizes = _storage_sizes(inputs)
-    plan = _in_memory(replace(plan, input_bytes=sum(sizes)), device)
+    sizes = storage_sizes(inputs)
+    plan = in_memory(replace(plan, input_bytes=sum(sizes)), device)
     if device.caches != (there.type != "cpu"):
         why = f"its code is for a {there.type}, the plan for {device.name}"
         return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
@@ -70,7 +70,7 @@ def main_device(values: Iterable[object]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _in_memory(plan: Plan, device: DeviceProfile) -> Plan:
+def in_memory(plan: Plan, device: DeviceProfile) -> Plan:
     """The plan, with a note where the device has too little memory for it."""
     needed = plan.input_bytes + plan.planned_peak_bytes
     if device.memory_bytes is None or needed <= device.memory_bytes:
@@ -91,7 +91,7 @@ def _replay(
     return replay(forward, backward, joint, allocator, workspaces=device.workspaces)
 
 
-def _storage_sizes(inputs: Sequence[object]) -> list[int]:
+def storage_sizes(inputs: Sequence[object]) -> list[int]:
     """Bytes of the distinct storages behind a graph's inputs, in order."""
     sizes: dict[int, int] = {}
     for value in inputs:

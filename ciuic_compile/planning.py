@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
+from . import compat, compat_fake
+from .backend import CUDA_PATCHES, is_training
+from .config import CompileConfig, default_config, parse_options
+from .confirm import in_memory, storage_sizes
+from .devices import DeviceProfile, profile_for
+from .errors import CiuicError, OptionError, TargetError
+from .partitioner import CiuicPartitioner
 from .types import Plan
+
+SIMULATED = "the peak is simulated, not replayed: no code was generated"
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def plan(
@@ -16,21 +33,147 @@ def plan(
     loss_fn: Callable[..., Tensor] | None = None,
     *,
     options: Mapping[str, Any] | None = None,
-    device: str | None = None,
+    device: str | DeviceProfile | None = None,
     autocast: str | None = None,
+    dynamic: bool | None = None,
 ) -> tuple[Plan, ...]:
-    """Plan one training step, as ``torch.compile(model, backend="ciuic", options=options)`` would.
+    """Plan the step ``loss_fn(model(x), *rest)``, compiled as one, without running it.
+
+    Dynamo, AOTAutograd, Inductor's passes and the planner run on fake tensors; no memory is allocated for
+    weights and no code is generated, so the peak is the simulated one (docs/architecture.md, "Confirm").
 
     Args:
-        model: parameters on any device, the meta device among them; nothing of it is changed.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        loss_fn: ``loss_fn(model(*example_inputs))``; None: the model returns the loss, itself or as ``.loss``
-            or ``["loss"]``, or a tensor, of which the sum is taken.
-        options: docs/options.md.
-        device: as the option ``device``: profile of the device to plan for; None: that of the tensors.
-        autocast: dtype ("bfloat16", "float16") of the autocast context around the step; None: none.
+        model: with parameters on any device, the meta device among them. It is the same afterwards.
+        example_inputs: a batch, as for :func:`ciuic_compile.calibrate`: a tensor ``x``, a tuple
+            ``(x, *rest)``, or a dict of keyword arguments. Only shapes, dtypes and strides matter.
+        loss_fn: computes the loss; None: the model is planned alone, ``model(x, *rest)``, and all that it
+            returns lives until the backward.
+        options: docs/options.md; what is not given is as in ``enable_compression``.
+        device: the same as the option ``device``.
+        autocast: "bfloat16" or "float16": the step is under autocast of that dtype; None: it is not.
+        dynamic: as in ``torch.compile``.
 
     Returns:
-        One plan for each training graph that Dynamo made: one, unless there are graph breaks.
+        One plan for each training graph that Dynamo made, in order: one, unless the graph breaks.
+
+    Raises:
+        OptionError: a wrong option.
+        InfeasibleBudgetError: no plan fits ``budget``.
+        TargetError: the step failed in the user's code, or nothing in it depends on gradients.
     """
-    raise NotImplementedError
+    given = {"report": "off", **(options or {})}
+    if device is not None:
+        given["device"] = device
+    config = parse_options(given, base=default_config())
+    if config.mode == "off":
+        raise OptionError(
+            "ciuic option 'mode': got 'off': there is nothing to plan\n  valid: 'R:1', 'lossless'\n"
+            "  fix: use mode 'lossless'; each plan states Inductor's own peak too (baseline_peak_bytes)"
+        )
+    if autocast is not None and autocast not in _AUTOCAST:
+        raise OptionError(
+            f"autocast: got {autocast!r}\n  valid: {', '.join(map(repr, _AUTOCAST))}\n  fix: leave it out for none"
+        )
+    made: list[Plan] = []
+    _run_on_fakes(unwrapped(model), example_inputs, loss_fn, config, made, autocast, dynamic)
+    if not made:
+        raise TargetError(
+            "nothing to plan: no compiled graph of the step depends on gradients\n"
+            "  fix: let a parameter or an input require gradients, and let the step return what depends on it"
+        )
+    return tuple(made)
+
+
+def call(model: Callable[..., Any], batch: Any, loss_fn: Callable[..., Any] | None) -> Any:
+    """What a step returns: the loss, or what the model returns where there is no ``loss_fn``."""
+    if isinstance(batch, Mapping):
+        found, rest = model(**batch), ()
+    elif not isinstance(batch, (tuple, list)):
+        found, rest = model(batch), ()
+    elif loss_fn is None:
+        found, rest = model(*batch), ()
+    else:
+        found, rest = model(batch[0]), tuple(batch[1:])
+    return found if loss_fn is None else loss_fn(found, *rest)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, or the module itself."""
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def user_frame(error: BaseException) -> str:
+    """Where in the user's code an exception came from, as "file:line (source)"; "" where it did not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith((_TORCH, _HERE, "<"))]
+    return f"{users[-1].filename}:{users[-1].lineno} ({users[-1].line})" if users else ""
+
+
+def _run_on_fakes(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[..., Tensor] | None,
+    config: CompileConfig,
+    made: list[Plan],
+    autocast: str | None,
+    dynamic: bool | None,
+) -> None:
+    fakes = compat_fake.Fakes()
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
+        patches = dict(config.inductor_options)
+        if config.device is not None and config.device.kind == "cuda":
+            patches = {**CUDA_PATCHES, **patches}
+        partitioner = CiuicPartitioner(config, "planning", f"graph {len(made)}")
+        try:
+            compiled = compat_fake.partition_only(gm, example_inputs, partitioner, patches, fakes.mode)
+        except CiuicError as error:
+            raise compat.user_facing(error) from error.__cause__
+        if partitioner.plan is not None and is_training(example_inputs):
+            made.append(_finished(partitioner.plan, example_inputs))
+        return compiled
+
+    def step(batch: Any) -> Any:
+        return call(model, batch, loss_fn)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(compat.forget_compiled, step)
+        stack.enter_context(compat_fake.many_compiles())
+        stack.enter_context(torch.enable_grad())
+        try:
+            stack.enter_context(fakes.inside(model))
+            inputs = fakes.tree(dict(batch) if isinstance(batch, Mapping) else batch)
+        except TypeError as error:
+            raise TargetError(
+                f"the model or its inputs: {error}\n  valid: torch.Tensor and nn.Parameter, on any device\n"
+                "  fix: plan the model before it is quantized, sharded or wrapped"
+            ) from error
+        stack.enter_context(fakes.mode)
+        if autocast is not None:
+            stack.enter_context(torch.autocast("cpu", _AUTOCAST[autocast]))
+        try:
+            torch.compile(step, backend=backend, dynamic=dynamic)(inputs)
+        except (CiuicError, compat_fake.BackendCompilerFailed):
+            raise  # ours, and bugs of ours
+        except Exception as error:
+            raise _of_users(error) from error
+
+
+def _finished(plan: Plan, example_inputs: Sequence[object]) -> Plan:
+    """A plan as after ``confirm``, but for what generated code would tell."""
+    device = plan.profile or profile_for(torch.device("cpu"))
+    plan = in_memory(replace(plan, input_bytes=sum(storage_sizes(example_inputs))), device)
+    return replace(plan, notes=(*plan.notes, SIMULATED))
+
+
+def _of_users(error: Exception) -> TargetError:
+    where = user_frame(error)
+    said = " ".join(str(error).split())[:500]
+    return TargetError(
+        f"the step failed on fake tensors: {type(error).__name__}: {said}\n"
+        + (f"  at: {where}\n" if where else "")
+        + "  fix: check that it runs with these inputs (shapes, dtypes, missing arguments); what reads a "
+        "tensor's values (.item(), if tensor:) between compiled graphs has none here"
+    )

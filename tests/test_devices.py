@@ -19,7 +19,7 @@ from bench.generated import CUDA, on
 from ciuic_compile import DeviceProfile, OptionError, Plan, compat, markers, measuring, partitioner
 from ciuic_compile.codecs import get_codec
 from ciuic_compile.config import parse_options
-from ciuic_compile.confirm import _in_memory
+from ciuic_compile.confirm import in_memory
 from ciuic_compile.devices import NAMES, from_json, named, profile_for
 from ciuic_compile.partitioner import CiuicPartitioner, make_draft
 from ciuic_compile.passes import default_passes, insert_codecs, run_pipeline
@@ -255,8 +255,8 @@ def test_the_plan_states_its_profile_and_is_not_replayed_on_another_device() -> 
 def test_a_plan_that_the_device_has_no_memory_for_says_so() -> None:
     plan = Plan("", "off", (), 0, 0, 0, 2**20, 0.0, 0.0, 0.0, input_bytes=2**20)
     small: DeviceProfile = replace(H200, memory_bytes=2**21 - 1)
-    assert "give a budget" in _in_memory(plan, small).notes[0]
-    assert _in_memory(plan, replace(H200, memory_bytes=2**21)) == plan
+    assert "give a budget" in in_memory(plan, small).notes[0]
+    assert in_memory(plan, replace(H200, memory_bytes=2**21)) == plan
 
 
 def test_nothing_else_is_asked_about_the_device() -> None:
