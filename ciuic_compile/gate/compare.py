@@ -1,0 +1,250 @@
+"""Whether a planned step is as its baseline allows, and what to say when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ciuic_compile.cli import exit_codes
+from ciuic_compile.gate.baseline import Accepted
+from ciuic_compile.gate.culprits import Culprit, find, summary
+from ciuic_compile.gate.record import Record
+from ciuic_compile.gate.settings import Entry, Limits
+from ciuic_compile.gate.source_lines import digest
+from ciuic_compile.report._format import duration, percent, size
+
+
+class Status(str, Enum):
+    """How a check ended."""
+
+    PASS = "pass"
+    IMPROVED = "improved"  # passes, and could be lowered
+    REGRESSION = "regression"
+    ENVIRONMENT = "environment"  # beyond a limit, by another torch and not by the user's code
+    MISSING = "missing"  # no baseline for this entry
+    INCOMPATIBLE = "incompatible"  # the baseline is of another model or device
+    INFEASIBLE = "infeasible"
+    ERROR = "error"  # the target cannot be planned
+
+
+#: Exit status of each; a whole run has that of the first of ``SEVEREST`` that occurs.
+EXIT = {
+    Status.PASS: exit_codes.PASS,
+    Status.IMPROVED: exit_codes.PASS,
+    Status.REGRESSION: exit_codes.REGRESSION,
+    Status.ENVIRONMENT: exit_codes.BASELINE,
+    Status.MISSING: exit_codes.BASELINE,
+    Status.INCOMPATIBLE: exit_codes.BASELINE,
+    Status.INFEASIBLE: exit_codes.INFEASIBLE,
+    Status.ERROR: exit_codes.USAGE,
+}
+SEVEREST = (exit_codes.USAGE, exit_codes.INFEASIBLE, exit_codes.REGRESSION, exit_codes.BASELINE)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure before and now.
+
+    Attributes:
+        name: ``"peak"``, ``"parameters and inputs"``, ``"saved"``, ``"time"`` or ``"error"``.
+        unit: ``"bytes"``, ``"us"`` or ``"fraction"``.
+        before: None: there is no baseline.
+        limit: the most that it may be now; None: it is not limited.
+    """
+
+    name: str
+    unit: str
+    before: float | None
+    now: float
+    limit: float | None = None
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether it is over its limit."""
+        return self.limit is not None and self.now > self.limit
+
+    @property
+    def words(self) -> str:
+        """``12.0 MiB -> 14.0 MiB (+2.00 MiB, +17%)``."""
+        if self.before is None:
+            return self.figure(self.now)
+        if self.before == self.now:
+            return f"{self.figure(self.now)} (unchanged)"
+        difference = self.now - self.before
+        share = f", {'+' if difference > 0 else ''}{percent(difference / abs(self.before))}" if self.before else ""
+        sign = "+" if difference > 0 and not self.figure(difference).startswith("+") else ""
+        return f"{self.figure(self.before)} -> {self.figure(self.now)} ({sign}{self.figure(difference)}{share})"
+
+    def figure(self, value: float) -> str:
+        """A value with its unit."""
+        if self.unit == "bytes":
+            return size(int(value))
+        return duration(value) if self.unit == "us" else percent(value)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One entry's verdict.
+
+    Attributes:
+        title: one sentence on what happened.
+        details: more sentences.
+        culprits: likeliest first.
+        fix: what to do about it.
+        line: of ``ciuic.toml``, where the entry begins.
+    """
+
+    name: str
+    status: Status
+    title: str
+    measures: tuple[Measure, ...] = ()
+    details: tuple[str, ...] = ()
+    culprits: tuple[Culprit, ...] = ()
+    fix: str = ""
+    settings_file: str = ""
+    line: int = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it makes the run fail."""
+        return self.exit_code != exit_codes.PASS
+
+    @property
+    def exit_code(self) -> int:
+        """The exit status that this entry alone would have."""
+        return EXIT[self.status]
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """The exit status of a run: that of what must be mended first."""
+    codes = {check.exit_code for check in checks}
+    return next((code for code in SEVEREST if code in codes), exit_codes.PASS)
+
+
+def check(
+    entry: Entry, now: Record, accepted: Accepted | None, *, environment: str = "fail", settings_file: str = "ciuic.toml"
+) -> Check:
+    """Compare a planned step with what was accepted.
+
+    Args:
+        environment: ``"fail"`` or ``"warn"``: what a figure beyond its limit does where versions changed and
+            the user's code did not.
+    """
+    before = accepted.record if accepted else None
+    measures = measure(now, before, entry.limits)
+    place = {"settings_file": settings_file, "line": entry.line}
+    accept = f"ciuic accept {_quoted(entry.name)} -m 'why'"
+    too_much = _too_much(now, entry.limits)
+    if before is None:
+        status = Status.REGRESSION if too_much else Status.MISSING
+        title = too_much or "no baseline: it was never accepted"
+        return Check(entry.name, status, title, measures, fix=f"to accept it as it is: {accept}", **place)  # type: ignore[arg-type]
+    if why := incompatible(before, now):
+        return Check(
+            entry.name, Status.INCOMPATIBLE, why, measures, fix=f"to begin anew with this one: {accept}", **place  # type: ignore[arg-type]
+        )  # fmt: skip
+    details = [*_settings_changed(before, now, settings_file, entry.line), *summary(before, now)]
+    over = [m for m in measures if m.exceeded]
+    versions = _versions_changed(before, now)
+    if not over and not too_much:
+        return _passed(entry, measures, details, versions, accept, place)
+    title = "; ".join(filter(None, [too_much, *(f"{m.name} {m.words}, limit {m.figure(m.limit or 0)}" for m in over)]))
+    culprits = _culprits(before, now, settings_file, entry.line)
+    status, fix = Status.REGRESSION, f"if this is meant: {accept}"
+    if too_much and not over:
+        fix = f"raise hard_limit of this entry in {settings_file}, or make the step smaller"
+    elif versions and not too_much:
+        if digest(before.files) == digest(now.files) and before.settings == now.settings:
+            status = Status.ENVIRONMENT if environment == "fail" else Status.PASS
+            details.insert(0, f"{versions}; no line of your code did")
+            fix = f"look at the change, then accept it for the new version: ciuic accept {_quoted(entry.name)} -m '{versions}'"
+            culprits = ()
+        else:
+            details.insert(0, f"{versions}, and your code as well: check with the old version to tell them apart")
+    return Check(entry.name, status, title, measures, tuple(details), culprits, fix, **place)  # type: ignore[arg-type]
+
+
+def measure(now: Record, before: Record | None, limits: Limits = Limits()) -> tuple[Measure, ...]:  # noqa: B008
+    """The figures of a record beside those of a baseline, with what they may be."""
+
+    def grow(name: str, old: int | None, new: int) -> Measure:
+        limit = None if old is None else old + max(limits.max_increase.of(old), limits.min_abs)
+        return Measure(name, "bytes", old, new, limit)
+
+    old = before
+    time = None
+    if old is not None and (limits.max_time_increase.share, limits.max_time_increase.amount) != (None, None):
+        time = old.time_us + limits.max_time_increase.of(old.time_us)
+    return (
+        grow("peak", old.peak_bytes if old else None, now.peak_bytes),
+        grow("parameters and inputs", old.input_bytes if old else None, now.input_bytes),
+        Measure("saved", "bytes", old.saved_bytes if old else None, now.saved_bytes),
+        Measure("peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes),
+        Measure("time", "us", old.time_us if old else None, now.time_us, time),
+        Measure("gradient error", "fraction", old.error if old else None, now.error, limits.max_error),
+    )
+
+
+def incompatible(before: Record, now: Record) -> str:
+    """Why a baseline cannot be compared with; empty where it can."""
+    if before.target != now.target:
+        return f"the baseline is of another target: {before.target!r}, and this entry's is {now.target!r}"
+    if before.settings.get("device") != now.settings.get("device"):
+        return f"the baseline is of another device: {before.settings.get('device')!r}, not {now.settings.get('device')!r}"
+    shapes = [{(f.dtype, f.shape) for f in r.parameters} for r in (before, now)]
+    names = [{f.name for f in r.parameters} for r in (before, now)]
+    codes = [{r.place.code for r in record.rows} for record in (before, now)]
+    pairs = (shapes, names, codes)
+    if all(a and b for a, b in pairs[:1]) and not any(a & b for a, b in pairs):
+        return "the baseline is of another model: no parameter and no line of the program is the same"
+    return ""
+
+
+def _too_much(now: Record, limits: Limits) -> str:
+    if limits.hard_limit is None or now.total_bytes <= limits.hard_limit:
+        return ""
+    parts = f"peak {size(now.peak_bytes)} and parameters and inputs {size(now.input_bytes)}"
+    return f"{parts} are {size(now.total_bytes)} together, over the hard limit of {size(limits.hard_limit)}"
+
+
+def _passed(
+    entry: Entry, measures: tuple[Measure, ...], details: list[str], versions: str, accept: str, place: dict[str, object]
+) -> Check:
+    peak = measures[0]
+    if versions:
+        details.append(f"{versions}, and the figures hold")
+    assert peak.before is not None
+    gain = peak.before - peak.now
+    improved = gain > max(entry.limits.max_increase.of(peak.before), entry.limits.min_abs)
+    status = Status.IMPROVED if improved else Status.PASS
+    fix = f"to hold the gain: {accept}" if improved else ""
+    return Check(entry.name, status, f"peak {peak.words}", measures, tuple(details), fix=fix, **place)  # type: ignore[arg-type]
+
+
+def _versions_changed(before: Record, now: Record) -> str:
+    old, new = before.environment, now.environment
+    names = [n for n in (*old, *(n for n in new if n not in old)) if n != "python" and old.get(n) != new.get(n)]
+    return ", ".join(f"{n} {old.get(n, 'none')} -> {new.get(n, 'none')}" for n in names)
+
+
+def _settings_changed(before: Record, now: Record, file: str, line: int) -> list[str]:
+    old = {**before.settings, **before.settings.get("options", {})}
+    new = {**now.settings, **now.settings.get("options", {})}
+    names = sorted(({*old} | {*new}) - {"options", "device"})
+    words = [f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+    return [f"settings of the entry changed ({file}:{line}): {', '.join(words)}"] if words else []
+
+
+def _culprits(before: Record, now: Record, file: str, line: int) -> tuple[Culprit, ...]:
+    found = find(before, now)
+    if settings := _settings_changed(before, now, file, line):
+        first = Culprit(file, line, "", max(now.peak_bytes - before.peak_bytes, 0), changed=True, why=(settings[0],))
+        return (first, *found[:4])
+    return found
+
+
+def _quoted(name: str) -> str:
+    import shlex
+
+    return shlex.quote(name)
