@@ -54,7 +54,9 @@ __all__ = [
 # Read from their modules when they are first asked for: torch takes seconds to import, and pytest (which
 # imports the plugin of every installed package) and `ciuic --help` may not need it.
 _HOMES: Final[dict[str, str]] = {
-    **dict.fromkeys(("calibrate", "disable_compression", "enable_compression", "measure_device", "plans"), "api"),
+    **dict.fromkeys(
+        ("calibrate", "disable_compression", "enable_compression", "measure_device", "plans"), "api"
+    ),
     "Calibration": "calibration",
     "DeviceProfile": "devices",
     **dict.fromkeys(("Action", "Decision", "Plan", "Source", "Storage", "TensorClass"), "types"),

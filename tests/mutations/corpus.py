@@ -59,6 +59,9 @@ class Regression:
         known = set(files[self.file].splitlines())
         lines = edited[self.file].splitlines()
         right = {(self.file, n) for n, line in enumerate(lines, 1) if line.strip() and line not in known}
+        if not right:  # lines were removed: where they were
+            gone = next(n for n, line in enumerate(files[self.file].splitlines()) if line != lines[n])
+            right = {(self.file, next(n + 1 for n in range(gone, len(lines)) if lines[n].strip()))}
         model = next(name for name in files if name.endswith(".py") and self.entry.startswith(name[:-3]))
         for part in self.culprit:
             found = [n for n, line in enumerate(edited[model].splitlines(), 1) if part in line]
