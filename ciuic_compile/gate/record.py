@@ -113,9 +113,21 @@ class Record:
 
 
 def record(
-    plans: Sequence[Plan], entry: Entry, model: nn.Module | None = None, inputs: object = (), root: Path | None = None
+    plans: Sequence[Plan],
+    entry: Entry,
+    model: nn.Module | None = None,
+    inputs: object = (),
+    root: Path | None = None,
+    *,
+    files: bool = True,
 ) -> Record:
     """Sum up the plans of one step.
+
+    Args:
+        model: for parameters and source files; None: neither is known.
+        inputs: what it is called with.
+        root: what files are relative to; None: the working directory.
+        files: whether the user's files as they are now are those that were planned.
 
     Where Dynamo made several graphs, each one's peak comes on top of what the graphs before it save: the
     step's peak is the largest of these sums.
@@ -124,7 +136,7 @@ def record(
     parameters, example = _parameters(model), _inputs(inputs)
     fixed = sum(f.nbytes for f in (*parameters, *example))
     traced = {row.place.file for row in rows if row.place.file}
-    files = user_files(model, entry.target, traced, root or Path.cwd())
+    texts = user_files(model, entry.target, traced, root or Path.cwd()) if files else {}
     return Record(
         target=entry.target,
         settings=settings_of(entry),
@@ -141,14 +153,17 @@ def record(
         inputs=example,
         parameters=parameters,
         rows=rows,
-        files=files,
+        files=texts,
     )
 
 
 def settings_of(entry: Entry) -> dict[str, Any]:
     """What of an entry decides its plan."""
     options = {key: entry.options[key] for key in sorted(entry.options)}
-    return {"device": entry.device, "autocast": entry.autocast, "options": options}
+    return {
+        "device": entry.device, "autocast": entry.autocast, "dynamic": entry.dynamic, "options": options,
+        **{key: entry.shape[key] for key in sorted(entry.shape)},
+    }  # fmt: skip
 
 
 def environment(model: nn.Module | None = None) -> dict[str, str]:
