@@ -32,7 +32,6 @@ import torch
 from bench import common, peaks
 from ciuic_compile import backend, confirm
 from ciuic_compile.allocator import ROUND, CachingAllocator, _Block
-from ciuic_compile.devices import named
 from ciuic_compile.replay import FREE, Event, Joint, Trace, replay
 
 CELLS = (  # model, mode, batch, length; those that compile longest first
@@ -106,7 +105,7 @@ def cell(spec: Mapping[str, Any]) -> dict[str, Any]:
                 backward=asdict(recording.backward),
                 joint=asdict(joint),
                 resident=confirm._storage_sizes(inputs),
-                workspaces=dict(named(plan.device).workspaces),
+                workspaces=plan.profile.workspaces,
             )
         return real_confirm(plan, recording, joint, inputs)
 

@@ -6,8 +6,9 @@ the two-line form, ``plans`` returns what was decided.
 
 from __future__ import annotations
 
-from .api import calibrate, disable_compression, enable_compression, plans, register
+from .api import calibrate, disable_compression, enable_compression, measure_device, plans, register
 from .calibration import Calibration
+from .devices import DeviceProfile
 from .errors import (
     CalibrationError,
     CiuicError,
@@ -26,6 +27,7 @@ __all__ = [
     "CalibrationError",
     "CiuicError",
     "Decision",
+    "DeviceProfile",
     "InfeasibleBudgetError",
     "OptionError",
     "PassError",
@@ -39,6 +41,7 @@ __all__ = [
     "calibrate",
     "disable_compression",
     "enable_compression",
+    "measure_device",
     "plans",
 ]
 

@@ -67,9 +67,14 @@ class _Block:
 
 
 class CachingAllocator:
-    """torch's CUDA caching allocator at its default settings, on one stream."""
+    """torch's CUDA caching allocator at its default settings, on one stream.
 
-    def __init__(self) -> None:
+    Args:
+        granularity: what requests are rounded up to, in bytes.
+    """
+
+    def __init__(self, granularity: int = ROUND) -> None:
+        self._round = granularity
         self.allocated = self.peak_allocated = self.reserved = 0
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small? -> sorted keys
         self._blocks: dict[int, _Block] = {}  # by address
@@ -79,13 +84,13 @@ class CachingAllocator:
         """Take ``nbytes`` (0 takes nothing); returns the block's address."""
         if nbytes == 0:
             return -1
-        size = -(-nbytes // ROUND) * ROUND
+        size = -(-nbytes // self._round) * self._round
         small = size <= SMALL
         pool = self._free[small]
         position = bisect.bisect_left(pool, (size, -1))
         block = self._blocks[pool.pop(position)[1]] if position < len(pool) else self._segment(size, small)
         left = block.size - size
-        if left >= ROUND if small else left > SMALL:
+        if left >= self._round if small else left > SMALL:
             rest = _Block(block.address + size, left, small, block, block.next)
             if block.next is not None:
                 block.next.previous = rest

@@ -51,11 +51,18 @@ class MemoryModel:
 
     @cached_property
     def device(self) -> DeviceProfile:
-        """The device that the graph runs on: an accelerator where one of its values is on one."""
+        """The device to plan for: the user's, else an accelerator where one of the values is on one."""
+        if self.config.device is not None:
+            return self.config.device
         values = (tensor(n) for n in self.captured.savable)
         devices = [v.device for v in values if v is not None]
         accelerators = [d for d in devices if d.type != "cpu"]
         return profile_for((accelerators or devices or [torch.device("cpu")])[0])
+
+    @property
+    def kind(self) -> str | None:
+        """The type of device that every value counts as being on; None: what each is on."""
+        return None if self.config.device is None else self.config.device.kind
 
     @cached_property
     def baseline(self) -> dict[fx.Node, int]:

@@ -13,6 +13,7 @@ from torch._dynamo.backends import registry
 
 from .calibration import Calibration
 from .config import set_default_config
+from .devices import DeviceProfile
 from .types import Plan
 
 _inductor_compile = torch.compile
@@ -75,6 +76,25 @@ def calibrate(
     from .calibrating import calibrate
 
     return calibrate(model, batches, loss_fn, steps)
+
+
+def measure_device(device: str | torch.device | None = None, *, seconds: float = 1.0) -> DeviceProfile:
+    """Measure memory bandwidth and matmul rate of a device that is here, for the option ``device``.
+
+    Medians of ``torch.utils.benchmark``: a copy within the device's memory (a GiB on a GPU) and a bfloat16
+    matmul. Keep the device idle meanwhile. ``save(path)`` the result, and give the path, which ends in .json,
+    as ``options={"device": path}`` on any machine.
+
+    Args:
+        device: None: the GPU where there is one, else the CPU.
+        seconds: how long each of the two is repeated.
+
+    Raises:
+        CalibrationError: that device is not here.
+    """
+    from .measuring import measure_device
+
+    return measure_device(device, seconds=seconds)
 
 
 def plans() -> tuple[Plan, ...]:

@@ -15,7 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from . import cache, compat, compat_wrapper, report
 from .config import CompileConfig, default_config, parse_options
-from .confirm import confirm
+from .confirm import confirm, main_device
 from .devices import profile_for
 from .errors import CiuicError, InfeasibleBudgetError
 from .partitioner import CiuicPartitioner
@@ -73,7 +73,7 @@ def _compile(
             f"{name}: inference (no gradients): compiled as Inductor would, nothing is compressed", config
         )
         return _inductor(gm, example_inputs, patches)
-    if _device(example_inputs).type == "cuda":
+    if main_device(example_inputs).type == "cuda":
         patches = {**_CUDA_PATCHES, **patches}
     compiled, plan = _planned(gm, example_inputs, config, patches, name)
     if plan is not None:
@@ -90,7 +90,7 @@ def _planned(
     name: str,
 ) -> tuple[Callable[..., Any], Plan | None]:
     """Compile and plan; under a budget, plan again on what Inductor's schedule turned out to need."""
-    key = cache.graph_key(gm, example_inputs, config, profile_for(_device(example_inputs)).name)
+    key = cache.graph_key(gm, example_inputs, config, profile_for(main_device(example_inputs)).name)
     stored = cache.load(key)
     correction = stored.correction_bytes if stored else 0
     attempts: list[tuple[Callable[..., Any], Plan]] = []
@@ -178,11 +178,6 @@ def _is_training(example_inputs: Sequence[object]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
     )
-
-
-def _device(example_inputs: Sequence[object]) -> torch.device:
-    devices = [v.device for v in example_inputs if isinstance(v, torch.Tensor)]
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def _caching() -> bool:

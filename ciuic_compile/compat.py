@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,11 +180,19 @@ def most_reads(reused: bool) -> int:
     return int(limit)
 
 
-def prefers_channels_last(graph: fx.Graph) -> bool:
-    """Whether Inductor will run a training graph's convolutions with the channels last in memory."""
-    from torch._inductor.graph import GraphLowering  # slow to import
+def prefers_channels_last(graph: fx.Graph, kind: str | None = None) -> bool:
+    """Whether Inductor will run a training graph's convolutions with the channels last in memory.
 
-    return bool(GraphLowering.decide_layout_opt(SimpleNamespace(graph=graph), is_inference=False))  # type: ignore[arg-type]
+    Args:
+        kind: type of device that every value counts as being on; None: what each is on.
+    """
+    lowering: Any = importlib.import_module("torch._inductor.graph")  # slow to import
+    of_mkldnn: tuple[str, ...] = lowering.SUPPORTED_MKLDNN_DEVICES  # on these, always where MKL-DNN is
+    if kind is not None:
+        of_mkldnn = ("cpu", "cuda") if kind in of_mkldnn else ()
+    with mock.patch.object(lowering, "SUPPORTED_MKLDNN_DEVICES", of_mkldnn):
+        module: Any = SimpleNamespace(graph=graph)
+        return bool(lowering.GraphLowering.decide_layout_opt(module, is_inference=False))
 
 
 def is_random(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from ciuic_compile import calibration
+from ciuic_compile import calibration, devices
 from ciuic_compile.errors import OptionError, nearest
 
 INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -57,6 +57,7 @@ class CompileConfig:
         budget: bytes that the planned peak of each graph must fit in; None for no limit.
         max_error: cap on the estimated relative gradient error (dimensionless); None for no cap.
         plan_seconds: how long planning one graph under a budget may take; then the best plan so far is taken.
+        device: profile of the device to plan for; None: the one that the tensors are on.
         calibration: measured error coefficients of the model; None: guessed from shapes.
         report: ``"short"``, ``"full"``, ``"off"``, or an absolute path ending .json, .html or .txt.
         allow: patterns; when not empty only what one of them matches may be compressed.
@@ -74,6 +75,7 @@ class CompileConfig:
     budget: int | None = None
     max_error: float | None = None
     plan_seconds: float = 10.0
+    device: devices.DeviceProfile | None = None
     calibration: calibration.Calibration | None = field(default=None, hash=False)
     report: str = "short"
     allow: tuple[str, ...] = ()
@@ -300,6 +302,10 @@ def _parse_plan_seconds(name: str, value: Any) -> float:
     return number
 
 
+def _parse_device(name: str, value: Any) -> devices.DeviceProfile | None:
+    return None if isinstance(value, str) and value == "auto" else devices.load(name, value)
+
+
 def _parse_calibration(name: str, value: Any) -> calibration.Calibration | None:
     return None if value is None else calibration.load(name, value)
 
@@ -392,6 +398,7 @@ _PARSERS: Final[Mapping[str, Any]] = {
     "budget": _parse_budget,
     "max_error": _parse_max_error,
     "plan_seconds": _parse_plan_seconds,
+    "device": _parse_device,
     "calibration": _parse_calibration,
     "report": _parse_report,
     "allow": _parse_patterns,

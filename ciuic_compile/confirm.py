@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from . import compat
 from .allocator import Allocator, CachingAllocator, ExactAllocator
 from .capture import tensor
 from .compat_wrapper import Recording
-from .devices import DeviceProfile, named
+from .devices import DeviceProfile, profile_for
 from .passes import Graphs
 from .replay import Joint, StepPeaks, Trace, replay
 from .simulate import tensor_bytes
@@ -38,9 +38,13 @@ def joint_of(graphs: Graphs) -> Joint:
 
 def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[object]) -> Plan:
     """The plan with the peaks of Inductor's own allocations; with a note where they are not known."""
-    device = named(plan.device)
+    there = main_device(inputs)
+    device = plan.profile or profile_for(there)
     sizes = _storage_sizes(inputs)
-    plan = replace(plan, input_bytes=sum(sizes))
+    plan = _in_memory(replace(plan, input_bytes=sum(sizes)), device)
+    if device.caches != (there.type != "cpu"):
+        why = f"its code is for a {there.type}, the plan for {device.name}"
+        return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
     forward, backward = recording.forward, recording.backward
     if forward is None or backward is None:
         why = next(iter(recording.problems), "Inductor took the code from a cache")
@@ -60,10 +64,28 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
     )
 
 
+def main_device(values: Iterable[object]) -> torch.device:
+    """The first accelerator that one of the tensors is on, else the CPU."""
+    devices = [v.device for v in values if isinstance(v, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _in_memory(plan: Plan, device: DeviceProfile) -> Plan:
+    """The plan, with a note where the device has too little memory for it."""
+    needed = plan.input_bytes + plan.planned_peak_bytes
+    if device.memory_bytes is None or needed <= device.memory_bytes:
+        return plan
+    note = (
+        f"{device.name} has {device.memory_bytes / 2**30:.1f} GiB, and parameters, inputs and the planned "
+        f"peak take {needed / 2**30:.1f}: give a budget, or make the batch smaller"
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
 def _replay(
     forward: Trace, backward: Trace, joint: Joint, device: DeviceProfile, resident: Sequence[int]
 ) -> StepPeaks:
-    allocator: Allocator = CachingAllocator() if device.caches else ExactAllocator()
+    allocator: Allocator = CachingAllocator(device.granularity) if device.caches else ExactAllocator()
     for size in resident:
         allocator.alloc(size)
     return replay(forward, backward, joint, allocator, workspaces=device.workspaces)

@@ -234,7 +234,7 @@ def partition_joint(
         model = analyze(captured, config, whole.model if whole is not None else None)
         if whole is None:
             pair = compat.extract(joint, captured.baseline_saved, info, num_fwd_outputs)
-            peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs)
+            peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs, model.kind)
         else:
             peaks = whole.baseline
         chunking = choose_chunks(model)
@@ -245,7 +245,8 @@ def partition_joint(
 
             def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
                 trial = Graphs(*compat.extract(joint, saved, info, num_fwd_outputs), num_fwd_outputs)
-                return _peaks(trial, {n.name: codec for n, codec in codecs.items() if codec}, correction)
+                by_name = {n.name: codec for n, codec in codecs.items() if codec}
+                return _peaks(trial, by_name, correction, model.kind)
 
             try:
                 selection = fit_budget(model, selection, judge)
@@ -293,14 +294,14 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
     codecs = selection.codecs or choose_codecs(model, selection)
-    peaks = _peaks(_copy(graphs), codecs.by_name, correction)
+    peaks = _peaks(_copy(graphs), codecs.by_name, correction, model.kind)
     return Draft(selection.saved, codecs, peaks, added)
 
 
-def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int) -> Peaks:
+def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int, kind: str | None) -> Peaks:
     """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
-    run_pipeline(graphs, default_passes(codecs)[:-1], trial=True)  # markers have the codecs' own sizes
-    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    run_pipeline(graphs, default_passes(codecs, kind)[:-1], trial=True)  # markers have the codecs' own sizes
+    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs, kind)
     return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
 
 
@@ -324,7 +325,7 @@ def plan_and_rewrite(
     draft = draft or make_draft(model, selection, graphs, correction)
     selection = replace(selection, saved=draft.saved)
     codecs, planned, added = draft.codecs, draft.planned, draft.added
-    notes = run_pipeline(graphs, default_passes(codecs.by_name))
+    notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
     audited = sum(
         tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     )

@@ -45,13 +45,17 @@ class Peaks:
         return max(self.forward, self.backward)
 
 
-def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> Peaks:
-    """Predicted peaks of one training step, in bytes, parameters and graph inputs excluded."""
+def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: str | None = None) -> Peaks:
+    """Predicted peaks of one training step, in bytes, parameters and graph inputs excluded.
+
+    Args:
+        kind: type of device ("cuda", "cpu") that every value counts as being on; None: what each is on.
+    """
     saved = saved_storages(forward, num_fwd_outputs)
     outputs = {owner(n) for n in output_nodes(forward)[:num_fwd_outputs]}
     user_outputs = sum(tensor_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder")
-    channels_last = compat.prefers_channels_last(forward)
-    forward_peak = _graph_peak(forward, {}, channels_last)
+    target = _Target(compat.prefers_channels_last(forward, kind), kind)
+    forward_peak = _graph_peak(forward, {}, target)
     names = {node.name for node in saved}
     live = {
         n: tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if n.name in names
@@ -59,7 +63,7 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> Pea
     tangents = sum(
         tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if "tangents" in n.name
     )
-    backward_peak = _graph_peak(backward, live, channels_last) + user_outputs + tangents
+    backward_peak = _graph_peak(backward, live, target) + user_outputs + tangents
     return Peaks(sum(map(tensor_bytes, (n.meta["val"] for n in saved))), forward_peak, backward_peak)
 
 
@@ -80,12 +84,19 @@ def saved_storages(forward: fx.Graph, num_fwd_outputs: int) -> list[fx.Node]:
     return result
 
 
-def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], channels_last: bool) -> int:
+@dataclass(frozen=True)
+class _Target:
+    """How Inductor lays out convolutions, and on what type of device; None: on what each value is."""
+
+    channels_last: bool
+    kind: str | None
+
+
+def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], target: _Target) -> int:
     """Peak bytes of one graph.
 
     Args:
         live_inputs: counted until their last use; other inputs never.
-        channels_last: whether Inductor runs the convolutions in that layout.
     """
     returned = {owner(n) for n in output_nodes(graph)}
     stored = stored_values(graph, returned)
@@ -112,7 +123,7 @@ def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], channels_la
         # A kernel that is no call of a library's writes in place of what it reads for the last time.
         spare = Counter(() if is_external(kernel[0]) else dying.get(now, ()))
         new = Counter(size for _, size in made)
-        inside = _temporaries(kernel[0], channels_last)
+        inside = _temporaries(kernel[0], target)
         peak = max(peak, live + sum((new - spare).elements()) + inside)
         live += sum(new.elements())
         for storage, size in made:
@@ -131,16 +142,17 @@ def _results(node: fx.Node) -> list[tuple[fx.Node, int]]:
     return [*used, (node, size - sum(part for _, part in used))]
 
 
-def _temporaries(node: fx.Node, channels_last: bool) -> int:
+def _temporaries(node: fx.Node, target: _Target) -> int:
     """Bytes that a library's call takes for itself, in the layouts that Inductor will give it."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
     names = (a.name for a in node.target._schema.arguments)
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    values = [tensor(a) for a in arguments.values() if isinstance(a, fx.Node)]
-    operands = [_operand(v, channels_last) for v in values if v is not None and v.device.type == "cuda"]
+    values = (tensor(a) for a in arguments.values() if isinstance(a, fx.Node))
+    there = (v for v in values if v is not None and (target.kind or v.device.type) == "cuda")
+    operands = [_operand(v, target.channels_last) for v in there]
     result = tensor(node)
-    made = None if result is None else _operand(result, channels_last)
+    made = None if result is None else _operand(result, target.channels_last)
     return sum(workspaces(str(node.target), operands, made, arguments))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .devices import DeviceProfile
+
 
 class Action(str, Enum):
     """What the plan does with one storage between forward and backward."""
@@ -140,6 +142,7 @@ class Plan:
     tightened: bool = False  # the budget, not the mode, decided how far to compress
     dynamic: bool = False
     device: str = ""
+    profile: DeviceProfile | None = None  # the figures of that device that the plan rests on
     symbolic_saved_bytes: str = ""
     notes: tuple[str, ...] = ()  # sentences: targets missed, passes that declined, limits
     baseline_saved_count: int = 0

@@ -17,6 +17,7 @@ Shape = Sequence[int]
 _FLOAT, _HALF = 4, 2
 _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped keys and values are expanded
     "flash_attention_backward": (128, True),
+    "flash_attention_for_cpu_backward": (128, True),  # traced on a CPU, planned for a GPU: the same there
     "efficient_attention_backward": (64, False),
     "cudnn_attention_backward": (1, True),
 }

@@ -34,14 +34,22 @@ __all__ = [
 ]
 
 
-def default_passes(codecs: Mapping[str, str]) -> tuple[Pass, ...]:
-    """The pipeline for a plan that stores each named saved tensor with the given codec."""
+def default_passes(codecs: Mapping[str, str], kind: str | None = None) -> tuple[Pass, ...]:
+    """The pipeline for a plan that stores each named saved tensor with the given codec.
+
+    Args:
+        kind: type of device that every value is planned as being on; None: what each is on. Codecs are
+            lowered for what each is on.
+    """
+    gpus = {None: ("cuda",), "cuda": ("cuda", "cpu")}.get(kind, ())
     return (
         KeepInputs(),  # lossless, as the next: anywhere before the last pass
-        NativeEmbedding(),  # lossless, touches no saved tensor: anywhere before the markers expand
+        NativeEmbedding(
+            devices=gpus
+        ),  # lossless, touches no saved tensor: anywhere before the markers expand
         InsertCodecs(codecs),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
-        SplitDecodes(),  # before the decodes are placed: each then stands before the kernel that reads it
+        SplitDecodes(gpus),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),
         LowerCodecs(),  # last: needs the final readers to choose between kernel and fused aten
     )

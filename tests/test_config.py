@@ -25,6 +25,7 @@ from ciuic_compile.config import (
     parse_size,
     set_default_config,
 )
+from ciuic_compile.devices import named
 from ciuic_compile.errors import CiuicError, OptionError
 
 
@@ -366,6 +367,7 @@ def test_the_docs_name_every_option_and_their_examples_are_valid(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Calibration({"graph": GraphCalibration((1.0,), {}, {})}, 1, "2.13.0", "cpu").save("calibration.json")
+    named("cpu").save("device.json")
     text = (Path(__file__).parent.parent / "docs" / "options.md").read_text("utf-8")
     examples = re.findall(r"options=(\{[^}]*\})", text)
     assert len(examples) > 10

@@ -303,6 +303,7 @@ def make_plan(
         price=codecs.price,
         dynamic=any(compat.is_symbolic(n) for n in captured.graph.find_nodes(op="placeholder")),
         device=device.name,
+        profile=device,
         symbolic_saved_bytes=_symbolic_saved(model, codecs),
         notes=(*selection.notes, *codecs.notes, *notes, *_calibrated(model), *_unmatched(model)),
         baseline_saved_count=len(before) + len(model.dissolved),

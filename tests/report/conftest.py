@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import strategies as st
 
+from ciuic_compile.devices import named
 from ciuic_compile.types import Action, Decision, Plan, Price, Source, Storage, TensorClass
 
 _SIZES = st.integers(0, 2**50)
@@ -57,6 +58,7 @@ _PLANS = st.builds(
     budget_bytes=st.none() | _SIZES,
     dynamic=st.booleans(),
     device=st.text(max_size=200),
+    profile=st.none() | st.sampled_from([named("h200"), named("cpu")]),
     symbolic_saved_bytes=st.text(max_size=300),
     notes=st.lists(st.text(max_size=800), max_size=8).map(tuple),
     baseline_saved_count=st.integers(0, 10**6),
