@@ -146,6 +146,8 @@ class MemoryModel:
 
     def excluded_because(self, node: fx.Node) -> str | None:
         """Why the user's ``allow``/``deny`` leave this value alone."""
+        if not (self.config.allow or self.config.deny):
+            return None
         return self.config.excluded_because(self.source(node).module, str(node.target))
 
     def kept_because(self, node: fx.Node) -> str | None:
