@@ -1,4 +1,4 @@
-"""Models of transformers' configurations, built on the meta device; transformers is an optional dependency."""
+"""Models of transformers' configurations, built on the meta device; transformers is optional."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def is_config(name: str) -> bool:
 
 def build(
     name: str, shape: Shape, device: torch.device | None = None
-) -> tuple[nn.Module, dict[str, Tensor], Callable[..., Tensor]]:
+) -> tuple[nn.Module, dict[str, Any], Callable[..., Tensor]]:
     """A training model, a batch for it as keyword arguments, and what takes the loss from its output.
 
     Args:
@@ -60,10 +60,7 @@ def build(
     transformers = _transformers(name)
     config = _config(name, transformers)
     dtype = _dtype(name, shape.dtype, config)
-    if (
-        getattr(config, "is_encoder_decoder", False)
-        and getattr(config, "decoder_start_token_id", None) is None
-    ):
+    if not hasattr(config, "decoder_start_token_id") and getattr(config, "is_encoder_decoder", False):
         config.decoder_start_token_id = 0  # a checkpoint's configuration has one; no value is looked at
     where = torch.device("meta") if device is None else device
     head = _head(name, transformers, config)
@@ -74,7 +71,7 @@ def build(
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             model.train()
             if head == "AutoModelForCausalLM" and getattr(model, "loss_type", None) is None:
-                model.loss_type = "ForCausalLM"  # the default; asked for, it is taken without a warning
+                model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # the default; asked for, it is taken without a warning
             batch = _batch(name, head, config, model, shape, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         raise TargetError(
@@ -169,7 +166,7 @@ def _asks(config: Any) -> bool:
 
 def _batch(
     name: str, head: str, config: Any, model: nn.Module, shape: Shape, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Keyword arguments, zeros on the current device."""
     if head == "AutoModelForImageClassification":
         side = getattr(config, "image_size", 224)
@@ -188,7 +185,7 @@ def _batch(
     ids = torch.zeros(shape.batch, seq, dtype=torch.int64)
     if head == "AutoModelForSequenceClassification":
         return {"input_ids": ids, "labels": torch.zeros(shape.batch, dtype=torch.int64)}
-    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if head != "AutoModelForMaskedLM" and hasattr(config, "use_cache"):
-        batch["use_cache"] = False  # type: ignore[assignment]  # a cache of keys and values is for inference
+        batch["use_cache"] = False  # a cache of keys and values is for inference
     return batch

@@ -81,8 +81,8 @@ def run_step(
     returns stands for the loss where that is more than one number.
 
     Raises:
-        TargetError: the step compiles to several graphs (their plans say nothing of the peak of all), to none,
-            or does not fit in the device's memory.
+        TargetError: the step compiles to none or to several graphs, whose plans say nothing of the whole,
+            or it does not fit in the device's memory.
         CiuicError: as for planning.
     """
     model = planning.unwrapped(model).to(device)
@@ -100,9 +100,8 @@ def run_step(
         model.zero_grad(set_to_none=True)
         with planning.autocast_on(device, autocast):
             results = compiled(batch)
-        sum(
-            t.sum() for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad
-        ).backward()  # type: ignore[union-attr]
+        found = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
+        torch.autograd.backward([t.sum() for t in found])
 
     try:
         for _ in range(WARM_UP):
@@ -110,7 +109,7 @@ def run_step(
         plans = backend.plans()[before:]
         if len(plans) != 1:
             raise TargetError(
-                f"the step compiles to {len(plans)} training graphs; a peak can be compared with one plan only\n"
+                f"the step compiles to {len(plans)} training graphs; a peak is compared with one plan\n"
                 "  fix: find the graph breaks (TORCH_LOGS=graph_breaks) and take them out"
             )
         model.zero_grad(set_to_none=True)
