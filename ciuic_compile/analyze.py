@@ -22,7 +22,8 @@ from .fingerprint import fingerprint
 from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
 
-_NOT_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # planning.py calls the model
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)  # planning.py calls the model
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
 SHORT_OF_MEMORY = 1 / 8  # of the device's memory
@@ -160,8 +161,9 @@ class MemoryModel:
 
     def source(self, node: fx.Node) -> Source:
         """The user's line and module that made this value (torch's own frames and ours are skipped)."""
-        frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-        users = [m for m in frames if not m["file"].startswith(_NOT_USERS)]
+        trace = node.meta.get("stack_trace") or ""
+        frames = [m for m in _FRAME.finditer(trace) if not m["file"].startswith(_OURS)]
+        users = [m for m in frames if not m["file"].startswith(_TORCH)]
         frame = (users or frames)[-1] if frames else None
         stack = node.meta.get("nn_module_stack") or {}
         module = str(list(stack.values())[-1][0]) if stack else ""
