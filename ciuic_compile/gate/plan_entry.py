@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from pathlib import Path
 
 from ciuic_compile import hugging_face, planning, targets
@@ -16,6 +17,7 @@ def plan_entry(entry: Entry) -> Record:
         TargetError: the target cannot be made or planned.
         InfeasibleBudgetError: no plan fits its budget.
     """
+    linecache.checkcache()  # a file that changed since this process last planned it has other lines now
     target = targets.load(entry.target, hugging_face.Shape(**entry.shape) if entry.shape else None)
     plans = planning.plan(
         target.model,
