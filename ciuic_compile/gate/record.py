@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from torch import nn
 from ciuic_compile import compat
 from ciuic_compile.gate.settings import Entry
 from ciuic_compile.gate.source_lines import Text, user_files
-from ciuic_compile.report._format import short_file, star
+from ciuic_compile.report._format import op_label, star
 from ciuic_compile.types import Action, Decision, Plan
+
+_OP: Final = re.compile(r"([^/]+)#\d+")  # in a block's id
 
 
 @dataclass(frozen=True, order=True)
@@ -227,14 +230,15 @@ def _add_alive(table: dict[Place, Row], plan: Plan, track: str) -> None:
     timeline = _timeline(plan)
     if timeline is None:
         return
+    made = {replace(place, dtype=""): place for place in table}
     shown = getattr(timeline, track)
     for block in shown.alive(shown.peak_step):
         line = timeline.line(block)
-        op = block.id.rpartition("#")[0].rpartition("/")[2]
-        place = Place(star(block.module), op, block.dtype, line.code, short_file(line.file), line.line)
-        if place not in table:  # what is encoded has its payload's dtype: count it with what it was made from
-            like = (p for p in table if block.codec and replace(p, dtype="") == replace(place, dtype=""))
-            place = next(like, place)
+        named = _OP.search(block.id)
+        op = op_label(named[1]) if named else ""
+        place = Place(star(block.module), op, block.dtype, line.code, _relative(line.file), line.line)
+        if block.codec is not None:  # a payload has a dtype of its own: it belongs to what it was made from
+            place = made.get(replace(place, dtype=""), place)
         row = table.get(place) or Row(place, order=len(table))
         if track == "planned":
             returned = block.nbytes if block.role.value == "returned" else 0
@@ -244,9 +248,19 @@ def _add_alive(table: dict[Place, Row], plan: Plan, track: str) -> None:
         table[place] = replace(row, shapes=_shapes((*row.shapes, block.shape)))
 
 
+def _relative(file: str) -> str:
+    """A path as a reader of the repository knows it; what is installed, below its package's folder."""
+    slashed = file.replace("\\", "/")
+    for installed in ("/site-packages/", "/dist-packages/"):
+        if installed in slashed:
+            return slashed.rpartition(installed)[2]
+    path = Path(file)
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else slashed
+
+
 def _place(d: Decision) -> Place:
     s = d.storage
-    return Place(star(s.source.module), s.op, s.dtype, s.source.code, short_file(s.source.file), s.source.line)
+    return Place(star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line)
 
 
 def _codec(d: Decision) -> str:
