@@ -27,7 +27,8 @@ from bench import common, measure
 from bench.language import Llama, TransformerConfig
 from bench.models import WithLoss
 from bench.step_time import WithLossView, build, footprint, ratio, step_of, take_turns
-from ciuic_compile import analyze, compat
+from ciuic_compile import analyze
+from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.config import set_default_config
 from ciuic_compile.devices import named
 from ciuic_compile.passes import Graphs
@@ -110,8 +111,8 @@ def planned(shape: TransformerConfig, config: str, replay: bool) -> dict[str, An
     if config == "inductor":
         captured = (made.model.original or made.model).captured
         assert captured.graph.owning_module is not None
-        pair = compat.extract(
-            captured.graph.owning_module, captured.baseline_saved, captured.info, captured.num_fwd_outputs
+        pair = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
+            captured.baseline_saved
         )
         for gm in pair:
             on(CUDA, gm.graph)

@@ -6,7 +6,6 @@ parameter, nor a buffer, nor an input.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -16,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.profiler import ProfilerActivity, profile
+
+from ciuic_compile.verifying import Peak as Peak
+from ciuic_compile.verifying import peak as peak
 
 MIB = 2**20
 
@@ -84,36 +85,6 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     if flatten is None:
         return [tensor]
     return [part for name in flatten(tensor)[0] for part in _parts(getattr(tensor, name))]
-
-
-@dataclass
-class Peak:
-    """``nbytes``: the most that was allocated at once, above what was allocated at the start."""
-
-    nbytes: int = 0
-
-
-@contextlib.contextmanager
-def peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of the block: on CUDA the allocator's, on a CPU the profiler's events replayed."""
-    result = Peak()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        start = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield result
-        torch.cuda.synchronize(device)
-        result.nbytes = torch.cuda.max_memory_allocated(device) - start
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        yield result
-    assert run.profiler is not None
-    assert run.profiler.kineto_results is not None
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        result.nbytes = max(result.nbytes, live)
 
 
 @dataclass(frozen=True)

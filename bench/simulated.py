@@ -19,9 +19,9 @@ from bench import common
 from bench.generated import CUDA, generated, on, rewritten
 from bench.models import MODELS, WithLoss
 from bench.peaks import GPU_SHAPES, percent
-from ciuic_compile import compat
 from ciuic_compile.allocator import ExactAllocator
 from ciuic_compile.capture import owner
+from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.confirm import joint_of
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import StepPeaks, replay
@@ -57,8 +57,8 @@ def cell(name: str, size: str, mode: str) -> tuple[int, StepPeaks]:
         return made.plan.simulated_peak_bytes, replayed(made.graphs)
     captured = made.model.captured
     assert captured.graph.owning_module is not None
-    pair = compat.extract(
-        captured.graph.owning_module, captured.baseline_saved, captured.info, captured.num_fwd_outputs
+    pair = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
+        captured.baseline_saved
     )
     for gm in pair:
         on(CUDA, gm.graph)

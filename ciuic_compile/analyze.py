@@ -23,6 +23,7 @@ from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
 
 _TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)  # planning.py calls the model
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
 SHORT_OF_MEMORY = 1 / 8  # of the device's memory
@@ -146,6 +147,8 @@ class MemoryModel:
 
     def excluded_because(self, node: fx.Node) -> str | None:
         """Why the user's ``allow``/``deny`` leave this value alone."""
+        if not (self.config.allow or self.config.deny):
+            return None
         return self.config.excluded_because(self.source(node).module, str(node.target))
 
     def kept_because(self, node: fx.Node) -> str | None:
@@ -157,8 +160,9 @@ class MemoryModel:
         return self.excluded_because(node) or self.classes.kept_because(node) or "mode is lossless"
 
     def source(self, node: fx.Node) -> Source:
-        """The user's line and module that made this value (torch's own frames are skipped)."""
-        frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+        """The user's line and module that made this value (torch's own frames and ours are skipped)."""
+        trace = node.meta.get("stack_trace") or ""
+        frames = [m for m in _FRAME.finditer(trace) if not m["file"].startswith(_OURS)]
         users = [m for m in frames if not m["file"].startswith(_TORCH)]
         frame = (users or frames)[-1] if frames else None
         stack = node.meta.get("nn_module_stack") or {}

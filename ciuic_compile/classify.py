@@ -85,9 +85,15 @@ class Classifier:
         self._captured = captured
         self._forward = captured.savable
         self._forward_set = set(self._forward)
+        self._kinds: dict[fx.Node, TensorClass] = {}
 
     def kind(self, node: fx.Node) -> TensorClass:
         """The class of a forward node's value."""
+        if node not in self._kinds:  # asked for many times a node
+            self._kinds[node] = self._find_kind(node)
+        return self._kinds[node]
+
+    def _find_kind(self, node: fx.Node) -> TensorClass:
         value = tensor(node)
         if owner(node) in self.pinned or value is None:
             return TensorClass.INPUT

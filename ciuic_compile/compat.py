@@ -6,6 +6,7 @@ Line numbers and findings: docs/torch-internals.md.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import operator
@@ -28,6 +29,7 @@ from torch._functorch._aot_autograd.descriptors import (
 from torch._functorch.partitioners import NodeInfo, must_recompute
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort as sort
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx
@@ -39,7 +41,6 @@ __all__ = [
     "NodeInfo",
     "collecting_later",
     "copied",
-    "extract",
     "hint",
     "is_collective",
     "is_recomputable",
@@ -85,29 +86,6 @@ def partition_with(
         return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
 
-def extract(
-    joint: fx.GraphModule, saved: Sequence[fx.Node], info: NodeInfo, num_fwd_outputs: int
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Forward and backward graphs for a set of saved values, in torch's backward order (no RNG).
-
-    They have no code, so they are only good for looking at.
-    """
-    opaque = getattr(_partitioners, "is_opaque_node", lambda node: False)
-    extra: dict[str, Any] = {}
-    if hasattr(_partitioners, "is_opaque_node"):  # 2.13
-        extra["saved_opaque_nodes"] = [n for n in saved if opaque(n)]
-    with without_code():
-        forward, backward = _partitioners._extract_fwd_bwd_modules(
-            joint,
-            [n for n in saved if not is_sym_node(n) and not opaque(n)],
-            saved_sym_nodes=[n for n in saved if is_sym_node(n)],
-            num_fwd_outputs=num_fwd_outputs,
-            static_lifetime_input_nodes=info.static_lifetime_input_nodes,
-            **extra,
-        )
-        return forward, _partitioners.reordering_to_mimic_autograd_engine(backward)
-
-
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph module, without code."""
     with without_code():
@@ -140,9 +118,11 @@ def must_save(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether a node's value aliases its first argument's storage."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    return isinstance(node.target, torch._ops.OpOverload) and _returns_view(node.target)
+
+
+@functools.cache
+def _returns_view(target: torch._ops.OpOverload) -> bool:
     if target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default):
         return True
     returns = target._schema.returns
@@ -326,17 +306,17 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
     origin = {
         k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")
     }
-    for node in traced.nodes:
-        if node.op == "call_function":
-            with graph.inserting_before(before):
-                copy = graph.node_copy(node, lambda n: environment[n])
-            copy.meta.update(origin)
-            copy.meta["val"] = _own_value(copy)
-            environment[node] = copy
-        elif node.op not in ("placeholder", "output"):
-            raise AssertionError(
-                f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments"
-            )
+    with graph.inserting_before(before):
+        for node in traced.nodes:
+            if node.op == "call_function":
+                copy = graph.node_copy(node, environment.__getitem__)
+                copy.meta.update(origin)
+                copy.meta["val"] = _own_value(copy)
+                environment[node] = copy
+            elif node.op not in ("placeholder", "output"):
+                raise AssertionError(
+                    f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments"
+                )
     (results,) = traced.output_node().args
     assert isinstance(results, (tuple, list))
     return [environment[n] for n in results if isinstance(n, fx.Node)]
@@ -348,19 +328,23 @@ def _own_value(node: fx.Node) -> Any:
         source, key = node.args
         assert isinstance(source, fx.Node)
         return source.meta["val"][key]
-    tensors = [v for v in torch.utils._pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor)]
-    if not tensors:
-        return node.meta["val"]
-    with tensors[0].fake_mode:  # type: ignore[attr-defined]
-        if is_view(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            assert callable(node.target)
+    value = node.meta["val"]
+    if isinstance(value, FakeTensor) and not is_view(node):
+        return _fresh(value)  # most are this
+    tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, FakeTensor)]
+    if tensors and is_view(node):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        assert callable(node.target)
+        with tensors[0].fake_mode:
             return node.target(*args, **kwargs)
-        return torch.utils._pytree.tree_map_only(torch.Tensor, _fresh, node.meta["val"])
+    return torch.utils._pytree.tree_map_only(FakeTensor, _fresh, value)
 
 
-def _fresh(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+def _fresh(value: FakeTensor) -> FakeTensor:
+    """A fake tensor like another, made without the fake mode's dispatch, which took most of the time."""
+    with torch._C._DisableTorchDispatch():
+        like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        return FakeTensor(value.fake_mode, like, value.device)
 
 
 def forget_compiled(function: Callable[..., object]) -> None:

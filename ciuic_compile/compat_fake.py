@@ -36,9 +36,7 @@ class Fakes:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        self._made: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # by id; originals are held, so that ids stay theirs
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the first, which is held
         self._bases: dict[tuple[int, torch.dtype], Tensor] = {}  # by storage
 
     def of(self, value: Tensor) -> Tensor:
@@ -74,7 +72,8 @@ class Fakes:
         taken: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for module in model.modules():
-                for place in (module._parameters, module._buffers, module.__dict__):
+                places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+                for place in places:
                     for name, value in place.items():
                         if isinstance(value, Tensor):
                             fake = self.of(value)
@@ -111,7 +110,7 @@ def partition_only(
         compiled: Any = compile_fx(
             gm,
             example_inputs,  # type: ignore[arg-type]
-            inner_compile=no_code,
+            inner_compile=no_code,  # type: ignore[arg-type]
             config_patches={**patches, "custom_partitioner_fn": partitioner},
         )
     return compiled  # type: ignore[no-any-return]

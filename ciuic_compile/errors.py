@@ -49,7 +49,7 @@ class PlanFileError(CiuicError):
 
 
 class TargetError(CiuicError):
-    """What a command was to plan cannot be made: not found, not importable, or not a model with its inputs."""
+    """What was to be planned is not there, cannot be imported, or is no model with its inputs."""
 
 
 class OutputError(CiuicError):

@@ -1,4 +1,4 @@
-"""Models of transformers' configurations, built on the meta device; transformers is an optional dependency."""
+"""Models of transformers' configurations, built on the meta device; transformers is optional."""
 
 from __future__ import annotations
 
@@ -17,14 +17,8 @@ from .errors import TargetError, nearest
 
 _CLASS = re.compile(r"(?:transformers\.)?(\w+Config)")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# With a loss of their own when they get labels; the first that knows the configuration is taken.
-_HEADS = (
-    "AutoModelForCausalLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForImageClassification",
-    "AutoModelForSequenceClassification",
-)
+_TEXT = ("CausalLM", "MaskedLM")
+_OTHERS = ("Seq2SeqLM", "ImageClassification", "SequenceClassification")
 
 
 @dataclass(frozen=True)
@@ -52,8 +46,8 @@ def is_config(name: str) -> bool:
 
 def build(
     name: str, shape: Shape, device: torch.device | None = None
-) -> tuple[nn.Module, dict[str, Tensor], Callable[..., Tensor]]:
-    """A training model, a batch for it as keyword arguments, and the function that takes the loss from its output.
+) -> tuple[nn.Module, dict[str, Any], Callable[..., Tensor]]:
+    """A training model, a batch for it as keyword arguments, and what takes the loss from its output.
 
     Args:
         name: what :func:`is_config` accepts.
@@ -66,6 +60,8 @@ def build(
     transformers = _transformers(name)
     config = _config(name, transformers)
     dtype = _dtype(name, shape.dtype, config)
+    if not hasattr(config, "decoder_start_token_id") and getattr(config, "is_encoder_decoder", False):
+        config.decoder_start_token_id = 0  # a checkpoint's configuration has one; no value is looked at
     where = torch.device("meta") if device is None else device
     head = _head(name, transformers, config)
     try:
@@ -74,6 +70,8 @@ def build(
             if shape.checkpointing or (shape.checkpointing is None and _asks(config)):
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             model.train()
+            if head == "AutoModelForCausalLM" and getattr(model, "loss_type", None) is None:
+                model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # the default; asked for, it is taken without a warning
             batch = _batch(name, head, config, model, shape, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         raise TargetError(
@@ -111,7 +109,9 @@ def _config(name: str, transformers: Any) -> Any:
             fields = json.loads(path.read_text("utf-8"))
             model_type = fields["model_type"]
         except (ValueError, KeyError, TypeError, OSError) as error:
-            what = "has no model_type" if isinstance(error, (KeyError, TypeError)) else f"is not JSON: {error}"
+            what = (
+                "has no model_type" if isinstance(error, (KeyError, TypeError)) else f"is not JSON: {error}"
+            )
             raise TargetError(
                 f"target {name!r}: {path} {what}\n  fix: name a folder that save_pretrained() wrote"
             ) from error
@@ -135,18 +135,23 @@ def _config(name: str, transformers: Any) -> Any:
 
 
 def _head(name: str, transformers: Any, config: Any) -> str:
-    for head in _HEADS:
-        if type(config) in getattr(transformers, head)._model_mapping:
-            return head
+    """The class that has a loss of its own when it gets labels, as the configuration suggests."""
+    decodes = getattr(config, "is_decoder", False)
+    heads = (*(_TEXT if decodes else reversed(_TEXT)), *_OTHERS)
+    if getattr(config, "is_encoder_decoder", False):
+        heads = ("Seq2SeqLM", *heads)
+    for head in heads:
+        if type(config) in getattr(transformers, f"AutoModelFor{head}")._model_mapping:
+            return f"AutoModelFor{head}"
     raise TargetError(
         f"target {name!r}: no model with a loss is known for {type(config).__name__}\n"
-        f"  valid: configurations for {', '.join(h.removeprefix('AutoModelFor') for h in _HEADS)}\n"
+        f"  valid: configurations for {', '.join(heads)}\n"
         "  fix: write a function that returns (model, example_inputs, loss_fn), and name it FILE.py:FUNCTION"
     )
 
 
 def _dtype(name: str, asked: str | None, config: Any) -> torch.dtype:
-    found = asked or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
+    found = asked or getattr(config, "dtype", None) or "float32"
     text = str(found).removeprefix("torch.")
     if text not in _DTYPES:
         raise TargetError(
@@ -161,7 +166,7 @@ def _asks(config: Any) -> bool:
 
 def _batch(
     name: str, head: str, config: Any, model: nn.Module, shape: Shape, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Keyword arguments, zeros on the current device."""
     if head == "AutoModelForImageClassification":
         side = getattr(config, "image_size", 224)
@@ -180,7 +185,7 @@ def _batch(
     ids = torch.zeros(shape.batch, seq, dtype=torch.int64)
     if head == "AutoModelForSequenceClassification":
         return {"input_ids": ids, "labels": torch.zeros(shape.batch, dtype=torch.int64)}
-    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if head != "AutoModelForMaskedLM" and hasattr(config, "use_cache"):
-        batch["use_cache"] = False  # type: ignore[assignment]  # a cache of keys and values is for inference
+        batch["use_cache"] = False  # a cache of keys and values is for inference
     return batch

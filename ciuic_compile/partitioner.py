@@ -14,6 +14,7 @@ from . import compat
 from .analyze import MemoryModel, analyze
 from .capture import CapturedGraph, tensor
 from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
+from .compat_extract import Extractor
 from .config import CompileConfig
 from .confirm import joint_of
 from .errors import InfeasibleBudgetError, VerificationError
@@ -232,8 +233,9 @@ def partition_joint(
     ) -> list[fx.Node]:
         captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
         model = analyze(captured, config, whole.model if whole is not None else None)
+        extract = Extractor(joint, info, num_fwd_outputs)
         if whole is None:
-            pair = compat.extract(joint, captured.baseline_saved, info, num_fwd_outputs)
+            pair = extract(captured.baseline_saved)
             peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs, model.kind)
         else:
             peaks = whole.baseline
@@ -244,7 +246,7 @@ def partition_joint(
         if config.budget is not None:
 
             def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
-                trial = Graphs(*compat.extract(joint, saved, info, num_fwd_outputs), num_fwd_outputs)
+                trial = Graphs(*extract(saved), num_fwd_outputs)
                 by_name = {n.name: codec for n, codec in codecs.items() if codec}
                 return _peaks(trial, by_name, correction, model.kind)
 

@@ -72,7 +72,8 @@ def plan(
         )
     if autocast is not None and autocast not in _AUTOCAST:
         raise OptionError(
-            f"autocast: got {autocast!r}\n  valid: {', '.join(map(repr, _AUTOCAST))}\n  fix: leave it out for none"
+            f"autocast: got {autocast!r}\n  valid: {', '.join(map(repr, _AUTOCAST))}\n"
+            "  fix: leave it out for none"
         )
     made: list[Plan] = []
     _run_on_fakes(unwrapped(model), example_inputs, loss_fn, config, made, autocast, dynamic)
@@ -95,6 +96,11 @@ def call(model: Callable[..., Any], batch: Any, loss_fn: Callable[..., Any] | No
     else:
         found, rest = model(batch[0]), tuple(batch[1:])
     return found if loss_fn is None else loss_fn(found, *rest)
+
+
+def autocast_on(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager[Any]:
+    """The autocast context of a dtype by its name; none for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, _AUTOCAST[dtype])
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -121,6 +127,7 @@ def _run_on_fakes(
     dynamic: bool | None,
 ) -> None:
     fakes = compat_fake.Fakes()
+    failed: list[CiuicError] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         patches = dict(config.inductor_options)
@@ -130,6 +137,7 @@ def _run_on_fakes(
         try:
             compiled = compat_fake.partition_only(gm, example_inputs, partitioner, patches, fakes.mode)
         except CiuicError as error:
+            failed.append(error)
             raise compat.user_facing(error) from error.__cause__
         if partitioner.plan is not None and is_training(example_inputs):
             made.append(_finished(partitioner.plan, example_inputs))
@@ -151,13 +159,14 @@ def _run_on_fakes(
                 "  fix: plan the model before it is quantized, sharded or wrapped"
             ) from error
         stack.enter_context(fakes.mode)
-        if autocast is not None:
-            stack.enter_context(torch.autocast("cpu", _AUTOCAST[autocast]))
+        stack.enter_context(autocast_on(torch.device("cpu"), autocast))
         try:
             torch.compile(step, backend=backend, dynamic=dynamic)(inputs)
-        except (CiuicError, compat_fake.BackendCompilerFailed):
-            raise  # ours, and bugs of ours
+        except compat_fake.BackendCompilerFailed:
+            raise  # a bug of ours
         except Exception as error:
+            if failed:  # as it was raised; Dynamo adds advice to it
+                raise failed[0] from failed[0].__cause__
             raise _of_users(error) from error
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -60,8 +59,8 @@ def load(
             take no memory, and what the function does to their values is not done.
 
     Raises:
-        TargetError: nothing of that name, an error in the user's code (which file and line), or a function that
-            returns something else; and a ``shape`` for a function.
+        TargetError: nothing of that name, an error in the user's code (in which line), a function that
+            returns something else, or a ``shape`` for a function.
     """
     where, colon, function_name = name.rpartition(":")
     if not colon or (os.sep in function_name):

@@ -42,20 +42,20 @@ class _Weightless(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        given = dict(kwargs or {})
         if func in _device_constructors():
-            kwargs["device"] = torch.device("cpu") if func in _SCHEDULES else _META
-            kwargs.pop("pin_memory", None)
-            return func(*args, **kwargs)
+            given["device"] = torch.device("cpu") if func in _SCHEDULES else _META
+            given.pop("pin_memory", None)
+            return func(*args, **given)
         if func in _MOVES:
-            return _moved(func, args, kwargs)
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            return _moved(func, args, given)
+        tensors = [t for t in pytree.tree_leaves((args, given)) if isinstance(t, Tensor)]
         kinds = {t.device.type for t in tensors}
         if len(kinds) > 1 and "meta" in kinds:
-            args, kwargs = pytree.tree_map_only(Tensor, _valueless, (args, kwargs))
-        if "device" in kwargs:  # new_zeros, zeros_like
-            kwargs["device"] = tensors[0].device if tensors else _META
-        return func(*args, **kwargs)
+            args, given = pytree.tree_map_only(Tensor, _valueless, (args, given))
+        if "device" in given:  # new_zeros, zeros_like
+            given["device"] = tensors[0].device if tensors else _META
+        return func(*args, **given)
 
 
 def _valueless(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
@@ -26,7 +27,7 @@ from ciuic_compile.cli import exit_codes
 from ciuic_compile.errors import CiuicError
 
 #: Modules of ``ciuic_compile.cli``, in the order of ``ciuic --help``.
-COMMANDS: Final[tuple[str, ...]] = ("plan", "explain", "verify", "calibrate")
+COMMANDS: Final[tuple[str, ...]] = ("plan", "explain", "diff", "check", "accept", "verify", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,16 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, args.traceback)
 
 
-def new_parser(subparsers: Any, name: str, help: str, examples: str, **more: Any) -> argparse.ArgumentParser:
-    """Add a subcommand's parser, which shows ``examples`` (lines that start with ``ciuic``) after its help."""
+def new_parser(
+    subparsers: Any, name: str, summary: str, examples: str, details: str = ""
+) -> argparse.ArgumentParser:
+    """Add a subcommand's parser, whose help ends with ``examples``: lines that start with ``ciuic``."""
     lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
-        help=help,
-        description=help,
+        help=summary,
+        description="\n".join([f"{summary[0].upper()}{summary[1:]}.", *textwrap.wrap(details, 79)]),
         epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        **more,
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     return parser

@@ -129,6 +129,11 @@ def save(baseline: Baseline, path: Path) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; it is as it was") from error
 
 
+def same(old: Record, new: Record) -> bool:
+    """Whether two records would be written alike."""
+    return _entry(Accepted(old)) == _entry(Accepted(new))
+
+
 def dumps(baseline: Baseline) -> str:
     """The text of a baseline: equal baselines give equal text."""
     entries = [f"  {_json(name)}: {_entry(baseline.entries[name])}" for name in sorted(baseline.entries)]

@@ -47,8 +47,8 @@ class Measure:
     """One figure before and now.
 
     Attributes:
-        name: ``"peak"``, ``"parameters and inputs"``, ``"saved"``, ``"time"`` or ``"error"``.
-        unit: ``"bytes"``, ``"us"`` or ``"fraction"``.
+        name: as people read it, e.g. ``"peak"``.
+        unit: ``"bytes"``, ``"us"``, ``"fraction"`` or ``""``, a number.
         before: None: there is no baseline.
         limit: the most that it may be now; None: it is not limited.
     """
@@ -80,7 +80,9 @@ class Measure:
         """A value with its unit."""
         if self.unit == "bytes":
             return size(int(value))
-        return duration(value) if self.unit == "us" else percent(value)
+        if self.unit == "us":
+            return duration(value)
+        return percent(value) if self.unit == "fraction" else f"{value:g}"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ def measure(now: Record, before: Record | None, limits: Limits = Limits()) -> tu
         Measure("peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes),
         Measure("time", "us", old.time_us if old else None, now.time_us, time),
         Measure("gradient error", "fraction", old.error if old else None, now.error, limits.max_error),
+        # what runs between compiled graphs is neither planned nor counted: more of it is never an improvement
+        Measure("compiled graphs", "", old.graphs if old else None, now.graphs, old.graphs if old else None),
     )
 
 

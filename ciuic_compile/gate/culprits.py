@@ -147,9 +147,12 @@ def summary(before: Record, now: Record) -> list[str]:
         said.append(f"the inputs changed: {_fixed_words(before.inputs)} -> {_fixed_words(now.inputs)}")
     factor = common_factor(before, now)
     if factor is not None:
-        said.append(f"nearly every activation grew by the same factor, {factor:.3g}: the inputs' shape is the likely cause")
+        cause = ": the inputs' shape is the likely cause" if said else ""
+        said.append(f"nearly every activation grew by the same factor, {factor:.3g}{cause}")
     if before.graphs != now.graphs:
-        breaks = "a graph break" if now.graphs > before.graphs else "graph breaks are gone"
+        breaks = "a graph break is gone"
+        if now.graphs > before.graphs:
+            breaks = "a graph break; what runs between graphs is neither compressed nor counted"
         said.append(f"{now.graphs} compiled graphs, {before.graphs} before: {breaks}")
     returned = sum(r.returned for r in now.rows) - sum(r.returned for r in before.rows)
     if returned > 0:
@@ -161,17 +164,17 @@ def summary(before: Record, now: Record) -> list[str]:
 
 
 def common_factor(before: Record, now: Record) -> float | None:
-    """By what all storages grew alike; None where they did not (less than 80% of the bytes)."""
+    """By what each storage grew alike; None where they did not (less than 80% of the bytes)."""
     had = {_unplaced(r.place): r for r in before.rows if r.nbytes and r.count}
-    pairs = [(had[key], r) for r in now.rows if r.nbytes and (key := _unplaced(r.place)) in had]
+    pairs = [(had[key], r) for r in now.rows if r.count and (key := _unplaced(r.place)) in had]
     votes: dict[float, int] = defaultdict(int)
     for old, new in pairs:
-        votes[round(new.nbytes / old.nbytes, 3)] += new.nbytes
+        votes[round(new.nbytes / new.count / (old.nbytes / old.count), 3)] += new.nbytes
     if not votes:
         return None
     factor = max(votes, key=lambda f: votes[f])
     every = sum(r.nbytes for r in now.rows)
-    return factor if abs(factor - 1) > 0.005 and votes[factor] >= 0.8 * every else None
+    return factor if factor > 1.005 and votes[factor] >= 0.8 * every else None
 
 
 def _unplaced(place: Place) -> tuple[str, str, str, str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from torch import nn
 from ciuic_compile import compat
 from ciuic_compile.gate.settings import Entry
 from ciuic_compile.gate.source_lines import Text, user_files
-from ciuic_compile.report._format import short_file, star
+from ciuic_compile.report._format import op_label, star
 from ciuic_compile.types import Action, Decision, Plan
+
+_OP: Final = re.compile(r"([^/]+)#\d+")  # in a block's id
 
 
 @dataclass(frozen=True, order=True)
@@ -113,9 +116,21 @@ class Record:
 
 
 def record(
-    plans: Sequence[Plan], entry: Entry, model: nn.Module | None = None, inputs: object = (), root: Path | None = None
+    plans: Sequence[Plan],
+    entry: Entry,
+    model: nn.Module | None = None,
+    inputs: object = (),
+    root: Path | None = None,
+    *,
+    files: bool = True,
 ) -> Record:
     """Sum up the plans of one step.
+
+    Args:
+        model: for parameters and source files; None: neither is known.
+        inputs: what it is called with.
+        root: what files are relative to; None: the working directory.
+        files: whether the user's files as they are now are those that were planned.
 
     Where Dynamo made several graphs, each one's peak comes on top of what the graphs before it save: the
     step's peak is the largest of these sums.
@@ -124,7 +139,7 @@ def record(
     parameters, example = _parameters(model), _inputs(inputs)
     fixed = sum(f.nbytes for f in (*parameters, *example))
     traced = {row.place.file for row in rows if row.place.file}
-    files = user_files(model, entry.target, traced, root or Path.cwd())
+    texts = user_files(model, entry.target, traced, root or Path.cwd()) if files else {}
     return Record(
         target=entry.target,
         settings=settings_of(entry),
@@ -141,14 +156,17 @@ def record(
         inputs=example,
         parameters=parameters,
         rows=rows,
-        files=files,
+        files=texts,
     )
 
 
 def settings_of(entry: Entry) -> dict[str, Any]:
     """What of an entry decides its plan."""
     options = {key: entry.options[key] for key in sorted(entry.options)}
-    return {"device": entry.device, "autocast": entry.autocast, "options": options}
+    return {
+        "device": entry.device, "autocast": entry.autocast, "dynamic": entry.dynamic, "options": options,
+        **{key: entry.shape[key] for key in sorted(entry.shape)},
+    }  # fmt: skip
 
 
 def environment(model: nn.Module | None = None) -> dict[str, str]:
@@ -212,14 +230,15 @@ def _add_alive(table: dict[Place, Row], plan: Plan, track: str) -> None:
     timeline = _timeline(plan)
     if timeline is None:
         return
+    made = {replace(place, dtype=""): place for place in table}
     shown = getattr(timeline, track)
     for block in shown.alive(shown.peak_step):
         line = timeline.line(block)
-        op = block.id.rpartition("#")[0].rpartition("/")[2]
-        place = Place(star(block.module), op, block.dtype, line.code, short_file(line.file), line.line)
-        if place not in table:  # what is encoded has its payload's dtype: count it with what it was made from
-            like = (p for p in table if block.codec and replace(p, dtype="") == replace(place, dtype=""))
-            place = next(like, place)
+        named = _OP.search(block.id)
+        op = op_label(named[1]) if named else ""
+        place = Place(star(block.module), op, block.dtype, line.code, _relative(line.file), line.line)
+        if block.codec is not None:  # a payload has a dtype of its own: it belongs to what it was made from
+            place = made.get(replace(place, dtype=""), place)
         row = table.get(place) or Row(place, order=len(table))
         if track == "planned":
             returned = block.nbytes if block.role.value == "returned" else 0
@@ -229,9 +248,19 @@ def _add_alive(table: dict[Place, Row], plan: Plan, track: str) -> None:
         table[place] = replace(row, shapes=_shapes((*row.shapes, block.shape)))
 
 
+def _relative(file: str) -> str:
+    """A path as a reader of the repository knows it; what is installed, below its package's folder."""
+    slashed = file.replace("\\", "/")
+    for installed in ("/site-packages/", "/dist-packages/"):
+        if installed in slashed:
+            return slashed.rpartition(installed)[2]
+    path = Path(file)
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else slashed
+
+
 def _place(d: Decision) -> Place:
     s = d.storage
-    return Place(star(s.source.module), s.op, s.dtype, s.source.code, short_file(s.source.file), s.source.line)
+    return Place(star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line)
 
 
 def _codec(d: Decision) -> str:

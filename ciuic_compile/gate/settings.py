@@ -77,6 +77,8 @@ class Entry:
         options: of the backend (docs/options.md), mode and budget among them.
         device: profile to plan for; None: that of the tensors.
         autocast: dtype of the autocast context around the step; None: none.
+        dynamic: symbolic sizes, as ``torch.compile(dynamic=True)``.
+        shape: ``batch``, ``seq``, ``dtype`` and ``checkpointing`` of a Hugging Face target, as far as given.
         line: of ``ciuic.toml``, where the entry begins.
     """
 
@@ -86,6 +88,8 @@ class Entry:
     device: str | None = None
     autocast: str | None = None
     limits: Limits = Limits()
+    dynamic: bool = False
+    shape: Mapping[str, Any] = field(default_factory=dict)
     line: int = 0
 
 
@@ -142,11 +146,13 @@ def load(path: Path) -> Settings:
     return _Reader(path, text).settings(document)
 
 
-_DEFAULTS: Final = {"mode", "budget", "device", "autocast", "options"}
+_SHAPE: Final = {"batch": int, "seq": int, "dtype": str, "checkpointing": bool}
+_DTYPES: Final = ("float32", "bfloat16", "float16")
+_DEFAULTS: Final = {"mode", "budget", "device", "autocast", "dynamic", "options"}
 _LIMITS: Final = {f.name for f in fields(Limits)}
 _TOP: Final = {"ciuic", "entry"}
 _CIUIC: Final = {"baseline", "environment"} | _DEFAULTS | _LIMITS
-_ENTRY: Final = {"name", "target"} | _DEFAULTS | _LIMITS
+_ENTRY: Final = {"name", "target"} | _SHAPE.keys() | _DEFAULTS | _LIMITS
 
 
 @dataclass(frozen=True)
@@ -203,16 +209,32 @@ class _Reader:
                 raise self._wrong(key, where[key], f"is {merged[key]!r}", "a string")
         if merged.get("autocast") not in (None, *AUTOCAST):
             raise self._wrong("autocast", where["autocast"], f"is {merged['autocast']!r}", "'bfloat16' or 'float16'")
+        if not isinstance(merged.get("dynamic", False), bool):
+            raise self._wrong("dynamic", where["dynamic"], f"is {merged['dynamic']!r}", "true or false")
+        shape = {key: table[key] for key in _SHAPE if key in table}
+        for key, value in shape.items():
+            if type(value) is not _SHAPE[key] or (_SHAPE[key] is int and value < 1):
+                valid = {int: "a whole number above 0", str: "a string", bool: "true or false"}[_SHAPE[key]]
+                raise self._wrong(key, i, f"is {value!r}", valid)
+        if shape.get("dtype", _DTYPES[0]) not in _DTYPES:
+            near = nearest(shape["dtype"], _DTYPES)
+            raise self._wrong("dtype", i, f"is {shape['dtype']!r}{near}", ", ".join(map(repr, _DTYPES)))
         for key in ("report", "device"):
             if key in options:
                 fix = "write device = '...' beside options" if key == "device" else "leave it out: --format says it"
                 raise self._wrong("options", where["options"], f"has {key!r}", fix)
         self._check_options({**options, **({"device": merged["device"]} if "device" in merged else {})}, i)
-        line = self._line("name", i)
         return Entry(
-            table["name"], table["target"], options, merged.get("device"), merged.get("autocast"),
-            self._limits(table, limits, i), line,
-        )  # fmt: skip
+            name=table["name"],
+            target=table["target"],
+            options=options,
+            device=merged.get("device"),
+            autocast=merged.get("autocast"),
+            limits=self._limits(table, limits, i),
+            dynamic=merged.get("dynamic", False),
+            shape=shape,
+            line=self._line("name", i),
+        )
 
     def _check_options(self, options: Mapping[str, Any], i: int) -> None:
         try:

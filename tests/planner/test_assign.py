@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from itertools import product
 
 import pytest
@@ -198,3 +199,26 @@ def test_time_only_breaks_ties() -> None:
         [Option(None, 100, 0.0, 0.0), Option("slow", 50, 1e-3, 900.0), Option("fast", 50, 2e-3, 1.0)],
     ]
     assert assign(options, 60).choice == (1,)
+
+
+def test_many_nearly_equal_layers_need_no_branch_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branch and bound took 8 s of such a problem, and with another clock another plan came out."""
+    monkeypatch.setattr(sys.modules[assign.__module__], "quiet_milp", None)
+    layer = [("int8", 33, 3e-5), ("int6", 25, 6e-4), ("int5", 21, 2.5e-3), ("int4", 18, 8e-3)]
+    options = [
+        [Option(None, 128 * 8192, 0.0, 0.0)]
+        + [Option(name, units * 8192, error * (1 + i % 17 / 100), 1.0) for name, units, error in layer]
+        for i in range(240)
+    ]
+    target = 240 * 23 * 8192 + 5
+    got = assign(options, target)
+    assert got.reached and nbytes(options, got.choice) <= target
+    assert got.gap == 0.0 and got.lower_bound == cost(options, got.choice)
+    # Lagrange's bound, at several prices of a byte
+    prices = [1.9e-3 / 4 / 8192 * (1 + step / 50) for step in range(-10, 11)]
+    bound = max(
+        sum(min(o.variance + o.time_us * 1e-8 + price * o.nbytes for o in group) for group in options)
+        - price * target
+        for price in prices
+    )
+    assert bound <= got.lower_bound <= bound * 1.01

@@ -1,0 +1,166 @@
+"""Plans without weights, GPU or code: they are those of a compile, and leave the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ciuic_compile
+from bench.models import MODELS
+from ciuic_compile import InfeasibleBudgetError, OptionError, Plan
+from ciuic_compile.errors import TargetError
+from ciuic_compile.planning import SIMULATED, call, plan
+from tests.training import interpreted
+
+SMALL = {"min_bytes": 0}
+
+
+class Mlp(nn.Module):
+    def __init__(self, breaks: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+        self.scale = torch.ones(64)  # no buffer
+        self.breaks = breaks
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.gelu(self.up(x))
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.down(wide) * self.scale
+
+
+def compiled_plan(model: nn.Module, batch: Any, loss_fn: Any, **options: Any) -> Plan:
+    """The plan of the same step, really compiled, but for code generation."""
+    torch._dynamo.reset()
+    with interpreted():
+        run = torch.compile(
+            lambda b: call(model, b, loss_fn), backend="ciuic", options={"report": "off", **SMALL, **options}
+        )
+        run(batch)
+    return ciuic_compile.plans()[-1]
+
+
+@pytest.mark.parametrize("name", ["gpt", "vit"])
+def test_it_is_the_plan_of_a_compile(name: str) -> None:
+    torch.manual_seed(0)
+    model, batches, loss_fn = MODELS[name]("tiny")
+    batch = batches(0, torch.device("cpu"))
+    (made,) = plan(model, batch, loss_fn, options=SMALL)
+    expected = compiled_plan(model, batch, loss_fn)
+    assert made.decisions == expected.decisions and len(made.decisions) > 10
+    same = ("baseline_saved_bytes", "planned_saved_bytes", "baseline_peak_bytes", "input_bytes", "time_us")
+    assert [getattr(made, f) for f in same] == [getattr(expected, f) for f in same]
+    assert made.planned_peak_bytes == made.simulated_peak_bytes == expected.simulated_peak_bytes
+    assert SIMULATED in made.notes and not made.replayed
+
+
+def test_weights_may_be_anywhere_and_stay_as_they_are() -> None:
+    real = Mlp()
+    with torch.device("meta"):
+        meta = Mlp()
+    x = torch.randn(128, 64)
+    before = {k: v.clone() for k, v in real.state_dict().items()}
+    held = [*real.parameters(), real.scale]
+    (a,) = plan(real, (x, x), F.mse_loss, options=SMALL)
+    y = x.to("meta")
+    (b,) = plan(meta, (y, y), F.mse_loss, options=SMALL)
+    assert a == replace(b, profile=a.profile)
+    assert all(now is then for now, then in zip([*real.parameters(), real.scale], held, strict=True))
+    assert all(torch.equal(v, before[k]) for k, v in real.state_dict().items())
+    assert all(p.grad is None for p in real.parameters())
+    assert meta.up.weight.is_meta
+
+
+def test_tied_weights_and_views_of_one_storage_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self, tie: bool) -> None:
+            super().__init__()
+            self.a = nn.Linear(64, 64, bias=False)
+            self.b = nn.Linear(64, 64, bias=False)
+            if tie:
+                self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(self.b(torch.sin(self.a(x))))
+
+    x = torch.empty(8, 64, device="meta")
+    with torch.device("meta"):
+        tied, untied = Tied(True), Tied(False)
+    sizes = [plan(m, x, torch.sum, options=SMALL)[0].input_bytes for m in (tied, untied)]
+    assert sizes[1] - sizes[0] == 64 * 64 * 4
+
+
+def test_a_graph_break_gives_several_plans_every_time() -> None:
+    model = Mlp(breaks=True)
+    for _ in range(10):  # Dynamo's own limit for one function is 8
+        assert len(plan(model, torch.randn(32, 64), torch.sum, options=SMALL)) == 3
+
+
+def test_batches_are_unpacked_as_calibrate_does() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return x if y is None else x + y
+
+    model, one, two = Model(), torch.tensor(1.0), torch.tensor(2.0)
+    assert call(model, one, None) == 1
+    assert call(model, (one, two), None) == 3
+    assert call(model, {"x": one, "y": two}, None) == 3
+    assert call(model, (one, two), lambda out, y: out * 10 + y) == 12
+    assert call(model, [one, two], lambda out, y: out * 10 + y) == 12
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest() -> None:
+    with pytest.raises(InfeasibleBudgetError, match="raise the budget") as failed:
+        plan(Mlp(), torch.randn(128, 64), torch.sum, options={**SMALL, "budget": 1000})
+    assert type(failed.value) is InfeasibleBudgetError, "as raised, without Dynamo's advice"
+    assert failed.value.smallest_bytes > 1000
+    (made,) = plan(
+        Mlp(), torch.randn(128, 64), torch.sum, options={**SMALL, "budget": failed.value.smallest_bytes}
+    )
+    assert made.planned_peak_bytes <= failed.value.smallest_bytes
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ((), "missing"),
+        (torch.randn(4, 63), "Mlp|63|shape"),
+    ],
+)
+def test_a_step_that_does_not_run_is_the_users(batch: Any, said: str) -> None:
+    with pytest.raises(TargetError, match=said):
+        plan(Mlp(), batch, None, options=SMALL)
+
+
+def test_values_are_not_there_between_graphs() -> None:
+    class Reads(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y * 2 if y.sum().item() > 0 else y
+
+    with pytest.raises(TargetError, match=r"values.*has none here") as failed:
+        plan(Reads(), torch.randn(4, 64), torch.sum, options=SMALL)
+    assert "test_planning.py" in str(failed.value)
+
+
+def test_nothing_that_needs_gradients() -> None:
+    with pytest.raises(TargetError, match="nothing to plan"):
+        plan(Mlp().requires_grad_(False), torch.randn(4, 64), torch.sum)
+
+
+@pytest.mark.parametrize("given", [{"options": {"mode": "off"}}, {"autocast": "int8"}, {"device": "h2000"}])
+def test_wrong_options(given: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="fix:"):
+        plan(Mlp(), torch.randn(4, 64), torch.sum, **given)
+
+
+def test_dynamic_sizes_and_autocast() -> None:
+    (made,) = plan(Mlp(), torch.randn(128, 64), torch.sum, options=SMALL, dynamic=True)
+    assert made.dynamic and "s" in made.symbolic_saved_bytes
+    (half,) = plan(Mlp(), torch.randn(128, 64), torch.sum, options=SMALL, autocast="bfloat16")
+    assert "bfloat16" in {d.storage.dtype for d in half.decisions}
