@@ -23,6 +23,7 @@ from ciuic_compile.gate.source_lines import Changes, Text, changes
 from ciuic_compile.report._format import size
 
 _RELEVANT = 0.05  # of all growth: less in a class or function is a consequence, no cause
+_TOLD = 1024  # bytes; a scalar more is not worth a sentence
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -85,20 +86,22 @@ def find(before: Record, now: Record, limit: int = 5) -> tuple[Culprit, ...]:
     for at, g in direct.items():
         if not _is_changed(at, edits):
             scopes[at[0], _scope(now.files, at)] += g
-    scored: list[tuple[tuple[int, float, int], _Line]] = []
+    scored: list[tuple[tuple[int, float, int, int], _Line]] = []
     for file, edit in edits.items():
         for number in edit.changed:
             at = (file, number)
             scope = _scope(now.files, at)
             around = scopes[file, scope] if scope != (0, 0) else 0
             relevant = direct.get(at, 0) + around >= _RELEVANT * max(total, 1)
-            scored.append(((0 if relevant else 1, -(direct.get(at, 0) + around), number), at))
-    order = _forward_order(lines)
+            innocent = at in lines and not direct.get(at)  # it makes what it made before
+            scored.append(((0 if relevant else 1, -(direct.get(at, 0) + around), innocent, number), at))
+    order, any_changed = _forward_order(lines), bool(scored)
     for at, g in direct.items():
         if not _is_changed(at, edits):
             # where nothing is known to have changed, a cast comes before what it made wider
-            first = order[at] if not scored and _casts(lines[at]) else float("inf")
-            scored.append(((2, first if first != float("inf") else 1e12 - g, at[1]), at))
+            cast_first = not any_changed and _casts(lines[at]) is not None
+            unknown = not at[0]  # tracing lost the line: last
+            scored.append(((2 + unknown, order[at] - 1e18 if cast_first else -g, 0, at[1]), at))
     ranked = [at for _, at in sorted(scored)]
     return tuple(_culprit(at, lines.get(at, _Growth()), now.files, edits) for at in ranked[:limit])
 
@@ -155,7 +158,7 @@ def summary(before: Record, now: Record) -> list[str]:
             breaks = "a graph break; what runs between graphs is neither compressed nor counted"
         said.append(f"{now.graphs} compiled graphs, {before.graphs} before: {breaks}")
     returned = sum(r.returned for r in now.rows) - sum(r.returned for r in before.rows)
-    if returned > 0:
+    if returned >= _TOLD:
         said.append(f"{size(returned)} more are returned by the model, and stay alive until the backward is over")
     for f, difference in fixed_growth(before, now)[:3]:
         if difference > 0 and f in now.parameters:
