@@ -43,6 +43,7 @@ def as_cuda() -> Iterator[None]:
     autocast = torch.amp.autocast_mode.autocast
     real = autocast.__init__
 
+    @functools.wraps(real)  # Dynamo reads its signature
     def init(
         self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any
     ) -> None:
