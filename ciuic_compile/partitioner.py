@@ -23,6 +23,7 @@ from .planner import Codecs, Selection, choose_codecs, cost_us, fit_budget, make
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
+from .symbolize import symbolized
 from .types import Plan
 
 STAYS_WHOLE = {
@@ -328,9 +329,8 @@ def plan_and_rewrite(
     selection = replace(selection, saved=draft.saved)
     codecs, planned, added = draft.codecs, draft.planned, draft.added
     notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
-    audited = sum(
-        tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
-    )
+    stored = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
+    audited = sum(tensor_bytes(n.meta["val"]) for n in stored)
     plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
     plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
     if added:
@@ -344,7 +344,7 @@ def plan_and_rewrite(
         raise VerificationError(
             f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"
         )
-    return plan
+    return symbolized(plan, model, baseline, planned, stored, added)
 
 
 def _stays(node: fx.Node, present: set[str]) -> bool:
