@@ -39,11 +39,11 @@ _WRITERS = {
 }  # fmt: skip
 _UNWRITTEN = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}  # a kernel's result goes there
 _FUSED = ("elementwise", "writer")
-#: How far above the plan's simulated peak the audited one may be. Over seven models (bench.models) at two
-#: sizes, lossless to 6:1, on a CPU and planned for an H200, it was 26% below to 10% above: which values are
-#: stored, and which computed again where they are read, is guessed in two ways. One value is a large share of
-#: a tiny graph.
-ALLOWANCE = 0.15
+#: How far above the plan's simulated peak the audited one may be. Over seven models (bench.models), lossless
+#: to 6:1, it was 26% below to 6% above at size "small" (planned for an H200, bf16), and up to 19% above at
+#: size "tiny" (a UNet): which values are stored, and which computed again where they are read, is guessed in
+#: two ways. One value is a large share of a tiny graph.
+ALLOWANCE = 0.25
 ALLOWED_BYTES = 2**20
 _READS, _READS_REUSED = 8, 4  # buffers from which Inductor computes one value in its readers: its defaults
 

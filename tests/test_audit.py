@@ -23,7 +23,7 @@ prims = torch.ops.prims
 
 
 @functools.cache
-def found(mode: str, rows: int = 1024, width: int = 1024, count: int = 4) -> Stage:
+def found(mode: str, rows: int = 1024, width: int = 1024, count: int = 8) -> Stage:
     """Layers before the rewrite: activations of 4 MiB, and gradients of the weights as large if square."""
     layers = (m for _ in range(count) for m in (nn.Linear(width, width, bias=False), nn.Tanh()))
     return stage(nn.Sequential(*layers), torch.randn(rows, width), mode=mode)
