@@ -12,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from . import compat
 from .analyze import MemoryModel, analyze
+from .audit import audit, check
 from .capture import CapturedGraph, tensor
 from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
 from .compat_extract import Extractor
@@ -323,14 +324,13 @@ def plan_and_rewrite(
         draft: that of these graphs, where it was already made.
 
     Raises:
-        VerificationError: the rewritten graphs save other bytes than the plan says.
+        VerificationError: the rewritten graphs save other bytes than the plan says, or keep more alive.
     """
     draft = draft or make_draft(model, selection, graphs, correction)
     selection = replace(selection, saved=draft.saved)
     codecs, planned, added = draft.codecs, draft.planned, draft.added
     notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
     stored = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
-    audited = sum(tensor_bytes(n.meta["val"]) for n in stored)
     plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
     plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
     if added:
@@ -340,10 +340,11 @@ def plan_and_rewrite(
             planned_saved_bytes=plan.planned_saved_bytes + added,
             notes=(*plan.notes, f"{added} bytes of it are RNG states that torch saves to replay random ops"),
         )
-    if audited != plan.planned_saved_bytes:
-        raise VerificationError(
-            f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"
-        )
+    audited = audit(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    try:
+        check(audited, plan.planned_saved_bytes, plan.simulated_peak_bytes)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
     return symbolized(plan, model, baseline, planned, stored, added)
 
 
