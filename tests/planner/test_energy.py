@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ciuic_compile.planner.energy import Energy
+from ciuic_compile.energy import Energy
 from ciuic_compile.planner.error_model import ErrorModel
 from tests.stages import HandMade, Stage, stage
 from tests.training import AttentionBlock

@@ -15,9 +15,9 @@ from math import prod
 import torch
 from torch import fx
 
-from .. import compat
-from ..capture import CapturedGraph, numel, operands, tensor
-from ..classify import Classifier, is_contraction, is_reduction, packet
+from . import compat
+from .capture import CapturedGraph, numel, operands, tensor
+from .classify import Classifier, is_contraction, is_reduction, packet
 
 aten = torch.ops.aten
 
