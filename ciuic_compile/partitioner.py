@@ -146,6 +146,8 @@ class CiuicPartitioner(CustomPartitionerFn):
         elif not _is_better(current, other):
             if "feed-forwards" in more and not current.model.short_of_memory:
                 why = "that brings ratio and budget no closer"
+            elif config.budget is not None:
+                why = "the budget is met for less time without"
             else:
                 why = why_whole(current.draft.planned, other.draft.planned)
         if not why:
@@ -156,13 +158,15 @@ class CiuicPartitioner(CustomPartitionerFn):
 
 
 def _is_better(current: Candidate, other: Candidate) -> bool:
-    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or,
-    where memory is short or a budget binds, its smaller error is worth its matmuls once more."""
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or
+    within a budget that binds this one it costs less, or memory is short and its smaller error is worth its
+    matmuls once more."""
     before, after = current.draft.codecs, other.draft.codecs
-    short = before.tightened or current.model.short_of_memory
-    if short and after.variance < before.variance and not _misses_ratio(other.draft, other.model):
+    if _misses_ratio(current.draft, current.model) and not before.tightened:
+        return after.nbytes < before.nbytes
+    if before.tightened or (current.model.short_of_memory and after.variance < before.variance):
         return cost_us(other.model, after) < cost_us(current.model, before)
-    return _misses_ratio(current.draft, current.model) and after.nbytes < before.nbytes
+    return False
 
 
 def _misses_ratio(draft: Draft, model: MemoryModel) -> bool:
