@@ -19,6 +19,7 @@ from .confirm import in_memory, storage_sizes
 from .devices import DeviceProfile, profile_for
 from .errors import CiuicError, OptionError, TargetError
 from .partitioner import CiuicPartitioner
+from .symbolize import narrowed
 from .types import Plan
 
 SIMULATED = "the peak is simulated, not replayed: no code was generated"
@@ -177,6 +178,7 @@ def _finished(plan: Plan, example_inputs: Sequence[object]) -> Plan:
     """A plan as after ``confirm``, but for what generated code would tell."""
     device = plan.profile or profile_for(torch.device("cpu"))
     plan = in_memory(replace(plan, input_bytes=sum(storage_sizes(example_inputs))), device)
+    plan = narrowed(plan, example_inputs)
     return replace(plan, notes=(*plan.notes, SIMULATED))
 
 

@@ -73,7 +73,8 @@ def test_a_module_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "a_package").mkdir()
-    source = "import torch\ndef f():\n    return torch.compile(torch.nn.Linear(4, 4)), {'input': torch.ones(2, 4)}\n"
+    source = "import torch\nfrom torch import nn\ndef f():\n"
+    source += "    return torch.compile(nn.Linear(4, 4)), {'input': torch.ones(2, 4)}\n"
     (tmp_path / "a_package" / "models.py").write_text(source)
     made = targets.load("a_package.models:f")
     assert isinstance(made.inputs, dict) and made.inputs["input"].is_meta and made.loss_fn is None

@@ -16,7 +16,8 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
 
 def test_console_examples(ciuic: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, text in re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE):
+    files = r"<!-- file: (\S+) -->\n```python\n(.*?)^```$"
+    for name, text in re.findall(files, PAGE, re.DOTALL | re.MULTILINE):
         (tmp_path / name).write_text(text)
     commands = re.findall(r"^\$ ciuic (.+)$", PAGE, re.MULTILINE)
     assert len(commands) >= 4
