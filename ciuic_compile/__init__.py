@@ -6,6 +6,7 @@ the two-line form, ``plans`` returns what was decided.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import importlib
 import importlib.util
 from importlib.metadata import entry_points
@@ -25,6 +26,22 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .types import Action, Decision, Plan, Source, Storage, TensorClass
+=======
+from .api import calibrate, disable_compression, enable_compression, measure_device, plans, register
+from .calibration import Calibration
+from .devices import DeviceProfile
+from .errors import (
+    CalibrationError,
+    CiuicError,
+    InfeasibleBudgetError,
+    OptionError,
+    PassError,
+    PlanFileError,
+    SizeError,
+    VerificationError,
+)
+from .types import Action, Decision, Plan, Source, Storage, TensorClass
+>>>>>>> cli
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +56,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanFileError",
+    "SizeError",
     "Source",
     "Storage",
     "TensorClass",
