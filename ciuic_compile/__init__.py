@@ -6,7 +6,6 @@ the two-line form, ``plans`` returns what was decided.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import importlib
 import importlib.util
 from importlib.metadata import entry_points
@@ -23,25 +22,10 @@ if TYPE_CHECKING:
         OptionError,
         PassError,
         PlanFileError,
+        SizeError,
         VerificationError,
     )
     from .types import Action, Decision, Plan, Source, Storage, TensorClass
-=======
-from .api import calibrate, disable_compression, enable_compression, measure_device, plans, register
-from .calibration import Calibration
-from .devices import DeviceProfile
-from .errors import (
-    CalibrationError,
-    CiuicError,
-    InfeasibleBudgetError,
-    OptionError,
-    PassError,
-    PlanFileError,
-    SizeError,
-    VerificationError,
-)
-from .types import Action, Decision, Plan, Source, Storage, TensorClass
->>>>>>> cli
 
 __version__ = "0.1.0"
 __all__ = [
