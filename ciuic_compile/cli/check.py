@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     except BaselineError:
         if path.exists():
             raise
-        accepted = baseline.Baseline()  # each entry is then told to have none; a hard_limit holds all the same
+        accepted = (
+            baseline.Baseline()
+        )  # each entry is then told to have none; a hard_limit holds all the same
     checks = tuple(_check(entry, found, accepted.entries.get(entry.name)) for entry in entries)
     known = {entry.name for entry in found.entries}
     notes = tuple(
@@ -67,7 +69,9 @@ def _check(entry: Entry, found: Settings, accepted: Any) -> Check:
         now = plan_entry(entry)
     except InfeasibleBudgetError as error:
         title, _, more = str(error).partition("\n")
-        return compare.Check(entry.name, compare.Status.INFEASIBLE, title, details=tuple(more.split("\n")), **place)  # type: ignore[arg-type]
+        return compare.Check(
+            entry.name, compare.Status.INFEASIBLE, title, details=tuple(more.split("\n")), **place
+        )  # type: ignore[arg-type]
     except CiuicError as error:
         if gate.is_internal(error):
             raise

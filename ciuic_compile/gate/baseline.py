@@ -84,7 +84,9 @@ def load(path: Path) -> Baseline:
             "  fix: ciuic accept --all -m 'first baseline', and commit the file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BaselineError(f"{path} cannot be read: {error}\n  fix: restore it from version control") from error
+        raise BaselineError(
+            f"{path} cannot be read: {error}\n  fix: restore it from version control"
+        ) from error
     return loads(text, str(path))
 
 
@@ -143,7 +145,11 @@ def dumps(baseline: Baseline) -> str:
 
 def _entry(accepted: Accepted) -> str:
     r = accepted.record
-    lines = [f'"target": {_json(r.target)}', f'"settings": {_json(r.settings)}', f'"environment": {_json(r.environment)}']
+    lines = [
+        f'"target": {_json(r.target)}',
+        f'"settings": {_json(r.settings)}',
+        f'"environment": {_json(r.environment)}',
+    ]
     lines += [f'"{name}": {_json(_number(getattr(r, name)))}' for name in _FIGURES]
     lines += [f'"dynamic": {_json(r.dynamic)}']
     lines.append(_list("inputs", [_fixed(f) for f in r.inputs]))
@@ -240,14 +246,19 @@ def _figure(value: Any, kind: type) -> Any:
 
 
 def _read_fixed(f: Any) -> Fixed:
-    return Fixed(_is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int))
+    return Fixed(
+        _is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int)
+    )
 
 
 def _read_row(r: Any) -> Row:
     module, _, op = _is(r["id"], str).rpartition("/")
     file, _, line = _is(r["source"], str).rpartition(":")
     place = Place(module, op, _is(r["dtype"], str), _is(r["code"], str), file, int(line or 0))
-    figures = {name: _figure(r[name], int) for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")}
+    figures = {
+        name: _figure(r[name], int)
+        for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")
+    }
     shapes = tuple(tuple(shape) for shape in r["shapes"])
     return Row(place, nbytes=_figure(r["bytes"], int), codecs=_is(r["how"], str), shapes=shapes, **figures)
 

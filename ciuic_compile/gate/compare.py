@@ -72,9 +72,15 @@ class Measure:
         if self.before == self.now:
             return f"{self.figure(self.now)} (unchanged)"
         difference = self.now - self.before
-        share = f", {'+' if difference > 0 else ''}{percent(difference / abs(self.before))}" if self.before else ""
+        share = (
+            f", {'+' if difference > 0 else ''}{percent(difference / abs(self.before))}"
+            if self.before
+            else ""
+        )
         sign = "+" if difference > 0 and not self.figure(difference).startswith("+") else ""
-        return f"{self.figure(self.before)} -> {self.figure(self.now)} ({sign}{self.figure(difference)}{share})"
+        return (
+            f"{self.figure(self.before)} -> {self.figure(self.now)} ({sign}{self.figure(difference)}{share})"
+        )
 
     def figure(self, value: float) -> str:
         """A value with its unit."""
@@ -125,7 +131,12 @@ def exit_code(checks: Sequence[Check]) -> int:
 
 
 def check(
-    entry: Entry, now: Record, accepted: Accepted | None, *, environment: str = "fail", settings_file: str = "ciuic.toml"
+    entry: Entry,
+    now: Record,
+    accepted: Accepted | None,
+    *,
+    environment: str = "fail",
+    settings_file: str = "ciuic.toml",
 ) -> Check:
     """Compare a planned step with what was accepted.
 
@@ -151,7 +162,9 @@ def check(
     versions = _versions_changed(before, now)
     if not over and not too_much:
         return _passed(entry, measures, details, versions, accept, place)
-    title = "; ".join(filter(None, [too_much, *(f"{m.name} {m.words}, limit {m.figure(m.limit or 0)}" for m in over)]))
+    title = "; ".join(
+        filter(None, [too_much, *(f"{m.name} {m.words}, limit {m.figure(m.limit or 0)}" for m in over)])
+    )
     culprits = _culprits(before, now, settings_file, entry.line)
     status, fix = Status.REGRESSION, f"if this is meant: {accept}"
     if too_much and not over:
@@ -163,7 +176,9 @@ def check(
             fix = f"look at the change, then accept it for the new version: ciuic accept {_quoted(entry.name)} -m '{versions}'"
             culprits = ()
         else:
-            details.insert(0, f"{versions}, and your code as well: check with the old version to tell them apart")
+            details.insert(
+                0, f"{versions}, and your code as well: check with the old version to tell them apart"
+            )
     return Check(entry.name, status, title, measures, tuple(details), culprits, fix, **place)  # type: ignore[arg-type]
 
 
@@ -182,7 +197,9 @@ def measure(now: Record, before: Record | None, limits: Limits = Limits()) -> tu
         grow("peak", old.peak_bytes if old else None, now.peak_bytes),
         grow("parameters and inputs", old.input_bytes if old else None, now.input_bytes),
         Measure("saved", "bytes", old.saved_bytes if old else None, now.saved_bytes),
-        Measure("peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes),
+        Measure(
+            "peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes
+        ),
         Measure("time", "us", old.time_us if old else None, now.time_us, time),
         Measure("gradient error", "fraction", old.error if old else None, now.error, limits.max_error),
         # what runs between compiled graphs is neither planned nor counted: more of it is never an improvement
@@ -213,7 +230,12 @@ def _too_much(now: Record, limits: Limits) -> str:
 
 
 def _passed(
-    entry: Entry, measures: tuple[Measure, ...], details: list[str], versions: str, accept: str, place: dict[str, object]
+    entry: Entry,
+    measures: tuple[Measure, ...],
+    details: list[str],
+    versions: str,
+    accept: str,
+    place: dict[str, object],
 ) -> Check:
     peak = measures[0]
     if versions:
@@ -228,7 +250,9 @@ def _passed(
 
 def _versions_changed(before: Record, now: Record) -> str:
     old, new = before.environment, now.environment
-    names = [n for n in (*old, *(n for n in new if n not in old)) if n != "python" and old.get(n) != new.get(n)]
+    names = [
+        n for n in (*old, *(n for n in new if n not in old)) if n != "python" and old.get(n) != new.get(n)
+    ]
     return ", ".join(f"{n} {old.get(n, 'none')} -> {new.get(n, 'none')}" for n in names)
 
 
@@ -243,7 +267,9 @@ def _settings_changed(before: Record, now: Record, file: str, line: int) -> list
 def _culprits(before: Record, now: Record, file: str, line: int) -> tuple[Culprit, ...]:
     found = find(before, now)
     if settings := _settings_changed(before, now, file, line):
-        first = Culprit(file, line, "", max(now.peak_bytes - before.peak_bytes, 0), changed=True, why=(settings[0],))
+        first = Culprit(
+            file, line, "", max(now.peak_bytes - before.peak_bytes, 0), changed=True, why=(settings[0],)
+        )
         return (first, *found[:4])
     return found
 

@@ -171,7 +171,10 @@ def settings_of(entry: Entry) -> dict[str, Any]:
 
 def environment(model: nn.Module | None = None) -> dict[str, str]:
     """Versions that a plan may depend on: torch's, ours, and of the packages that define the model."""
-    found = {"torch": torch.__version__.partition("+")[0], "python": ".".join(platform.python_version_tuple()[:2])}
+    found = {
+        "torch": torch.__version__.partition("+")[0],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
     packages = {"ciuic-compile"}
     roots = {type(m).__module__.partition(".")[0] for m in model.modules()} if model is not None else set()
     owners = metadata.packages_distributions() if roots - {"torch", "__main__"} else {}
@@ -260,7 +263,9 @@ def _relative(file: str) -> str:
 
 def _place(d: Decision) -> Place:
     s = d.storage
-    return Place(star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line)
+    return Place(
+        star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line
+    )
 
 
 def _codec(d: Decision) -> str:

@@ -20,9 +20,16 @@ def _command(check: Check) -> str:
     level = "error" if check.failed else "notice" if check.status is Status.IMPROVED else "warning"
     named = [c for c in check.culprits if c.file]
     file, line = (named[0].file, named[0].line) if named else (check.settings_file, max(check.line, 1))
-    told = [f"{check.name}: {check.title}", *check.details, *map(culprit_line, named), *filter(None, [check.fix])]
+    told = [
+        f"{check.name}: {check.title}",
+        *check.details,
+        *map(culprit_line, named),
+        *filter(None, [check.fix]),
+    ]
     title = f"ciuic: {check.name}"
-    return f"::{level} file={_property(file)},line={line},title={_property(title)}::{_data(chr(10).join(told))}"
+    return (
+        f"::{level} file={_property(file)},line={line},title={_property(title)}::{_data(chr(10).join(told))}"
+    )
 
 
 def _data(text: str) -> str:
