@@ -70,7 +70,7 @@ def alive_at_peak(graph: fx.Graph, inputs: Mapping[fx.Node, int]) -> AtPeak:
             Alive(result, size, "returned" if last.get(result) == end else "made")
             for node in kernel
             if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
-            for result, size in _results(node)
+            for result, size in _results(node, {})
         ]
         dying = [node for node in live if last.get(node, 0) <= now]
         spare = Counter(() if is_external(kernel[0]) else (live[node].nbytes for node in dying))

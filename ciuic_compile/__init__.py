@@ -16,6 +16,7 @@ from .errors import (
     OptionError,
     PassError,
     PlanFileError,
+    SizeError,
     VerificationError,
 )
 from .types import Action, Decision, Plan, Source, Storage, TensorClass
@@ -33,6 +34,7 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanFileError",
+    "SizeError",
     "Source",
     "Storage",
     "TensorClass",

@@ -18,6 +18,7 @@ from .classify import Classifier, is_reduction
 from .codecs import Codec, get_codec
 from .config import CompileConfig
 from .devices import DeviceProfile, profile_for
+from .energy import Energy
 from .fingerprint import fingerprint
 from .simulate import tensor_bytes
 from .types import Source, Storage, TensorClass
@@ -49,6 +50,11 @@ class MemoryModel:
     def classes(self) -> Classifier:
         """Classes of the forward values (numerics rules)."""
         return Classifier(self.captured)
+
+    @cached_property
+    def energy(self) -> Energy:
+        """How large the values are relative to each other, guessed."""
+        return Energy(self.captured, self.classes)
 
     @cached_property
     def device(self) -> DeviceProfile:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +19,7 @@ from . import cache, compat, compat_wrapper, report
 from .config import CompileConfig, default_config, parse_options
 from .confirm import confirm, main_device
 from .devices import profile_for
-from .errors import CiuicError, InfeasibleBudgetError
+from .errors import CiuicError, InfeasibleBudgetError, SizeError
 from .partitioner import CiuicPartitioner
 from .types import Plan
 
@@ -79,7 +81,33 @@ def _compile(
     if plan is not None:
         _plans.append(plan)
         report.emit(plan, config)
+        return _told_when_it_breaks(compiled, plan, example_inputs, config)
     return compiled
+
+
+def _told_when_it_breaks(
+    compiled: Callable[..., Any], plan: Plan, example_inputs: Sequence[object], config: CompileConfig
+) -> Callable[..., Any]:
+    """The same code, with a note before it first runs at sizes where the plan misses its ratio or budget."""
+    given = {str(compat.exact(v)): i for i, v in enumerate(example_inputs) if isinstance(v, torch.SymInt)}
+    symbols = plan.symbolic.symbols if plan.symbolic is not None else ()
+    wanted = config.ratio is not None or config.budget is not None
+    if not symbols or not wanted or any(s.name not in given for s in symbols):
+        return compiled
+    seen = {tuple(s.traced for s in symbols)}
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        sizes = tuple(args[given[s.name]] for s in symbols)
+        if sizes not in seen:
+            seen.add(sizes)
+            with contextlib.suppress(SizeError):  # torch lets it run: that is no reason to stop
+                at = plan.at(**{s.name: int(n) for s, n in zip(symbols, sizes, strict=True)})
+                if not at.holds:
+                    report.emit_note(f"{plan.name}: {at}", config)
+        return compiled(*args)
+
+    return run
 
 
 def _planned(

@@ -1,7 +1,7 @@
 """What :func:`ciuic_compile.calibrate` measured of one model, as data and as a JSON file.
 
 Planning sees no values, so what each parameter's gradient counts in the whole one is a guess from shapes
-(``planner/energy.py``); a calibration has it measured, and one coefficient for each class of saved tensors.
+(``energy.py``); a calibration has it measured, and one coefficient for each class of saved tensors.
 It holds for the model at any batch size and precision, and for every mode.
 """
 

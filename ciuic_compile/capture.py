@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from . import compat, ops
+from .codecs.base import Size
 
 
 @dataclass(frozen=True)
@@ -112,3 +113,9 @@ def numel(node: fx.Node) -> int:
     """Elements of the node's value; symbolic sizes at their hints, at least 1."""
     value = tensor(node)
     return 1 if value is None else max(1, compat.hint(value.numel()))
+
+
+def extent(node: fx.Node) -> Size:
+    """Elements of the node's value, at least 1, as :func:`compat.exact` gives them."""
+    value = tensor(node)
+    return 1 if value is None else compat.exact(value.numel()) or 1

@@ -10,8 +10,8 @@ import functools
 import gc
 import importlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointPolicy
@@ -54,6 +55,7 @@ __all__ = [
     "sort",
 ]
 
+MOST_SIZE = 2**62  # bounds from here on are torch's way to say that there is none
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
 #: Pointwise in Inductor's lowering, beside what torch's partitioner calls fusible.
@@ -215,6 +217,56 @@ def number(value: Any, fallback: float = 1.0) -> float:
 def to_sympy(value: int | torch.SymInt) -> sympy.Expr:
     """The sympy expression behind a size."""
     return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+
+
+def exact(value: int | torch.SymInt | sympy.Expr) -> Any:
+    """A size that ``==`` compares without a guard: an int, or a dynamic one's sympy expression."""
+    if isinstance(value, int):
+        return value
+    expression = value.node.expr if isinstance(value, torch.SymInt) else value
+    return int(expression) if expression.is_number else expression
+
+
+def comparable(value: int | torch.SymInt) -> Any:
+    """A size that comparisons can decide: itself, or :func:`hint`'s fallback where it depends on data."""
+    return value if isinstance(value, int) or value.node.has_hint() else hint(value)
+
+
+def depends_on_data(expression: sympy.Expr) -> bool:
+    """Whether an expression has sizes that are only known while the graph runs."""
+    return bool(symbolic_shapes.free_unbacked_symbols(expression))
+
+
+def shape_env(values: Iterable[object]) -> ShapeEnv | None:
+    """What torch knows about the dynamic sizes among these values; None where all are fixed."""
+    return next((v.node.shape_env for v in values if isinstance(v, torch.SymInt)), None)
+
+
+def described(env: ShapeEnv, symbol: sympy.Symbol) -> tuple[str, int | None, int, int | None]:
+    """Where a size comes from, its value in the example (None: it depends on data), least and most."""
+    source = next(iter(env.var_to_sources.get(symbol, ())), None)
+    name = "" if source is None else source.name if isinstance(source.name, str) else source.name()
+    known = getattr(env, "backed_var_to_val", None) or env.var_to_val  # 2.13, 2.11
+    bounds = env.bound_sympy(symbol)
+    most = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < MOST_SIZE else None
+    least = int(bounds.lower) if bounds.lower.is_Integer else 0
+    return name, int(known[symbol]) if symbol in known else None, max(0, least), most
+
+
+def is_nonnegative(env: ShapeEnv, expression: sympy.Expr) -> bool:
+    """Whether an expression of sizes is known never to be negative."""
+    return bool(expression.is_nonnegative) or bool(env.bound_sympy(expression).lower >= 0)
+
+
+def guards(env: ShapeEnv, symbols: set[sympy.Symbol]) -> list[str]:
+    """Relations between these sizes that torch compiles again without, ranges left out."""
+    found = (env.simplify(guard.expr) for guard in env.guards)
+    return list(dict.fromkeys(str(g) for g in found if g.free_symbols and g.free_symbols <= symbols))
+
+
+def without_guards(env: ShapeEnv) -> AbstractContextManager[None]:
+    """Comparisons of dynamic sizes are decided at the example's, and leave no guard."""
+    return env.suppress_guards()
 
 
 def free_symbols(value: Any) -> set[sympy.Symbol]:

@@ -20,9 +20,12 @@ from torch._inductor.codegen import wrapper
 from torch._inductor.utils import get_dtype_size
 from torch._inductor.virtualized import V
 
+from . import compat
+from .codecs.base import Size
 from .replay import FREE, Event, Trace
 from .workspace import Operand, blas_libraries, workspaces
 
+Bytes = tuple[int, Size | None]
 _SPLIT = "its generated code is split in parts (CUDA graphs, control flow)"
 _stage2b_bw_compile = graph_compile._aot_stage2b_bw_compile
 
@@ -148,22 +151,27 @@ class _Reader:
         elif isinstance(layout, ir.Layout) and not isinstance(layout, ir.MutationLayoutSHOULDREMOVE):
             self._allocate(name, node)
         self._lasting(node)
-        inside = {f"temporary {i} of {name}": size for i, size in enumerate(_workspace(node))}
-        self._events += [Event(storage, size) for storage, size in inside.items()]
-        self._events += [Event(storage, FREE) for storage in inside]
+        inside = [
+            Event(f"temporary {i} of {name}", nbytes, size=size)
+            for i, (nbytes, size) in enumerate(_workspace(node))
+        ]
+        self._events += inside
+        self._events += [Event(event.storage, FREE) for event in inside]
 
     def _lasting(self, node: Any) -> None:
         """Libraries that keep what they take at a thread's first call."""
         devices = [i.get_device() for i in _tensors(node)]
         if devices and devices[0].type == "cuda":
             kernel = str(node.python_kernel_name).removesuffix(".default").rpartition(".")[2]
-            operands = map(_operand, _tensors(node))
-            self._events += [Event(name, 0, lasting=True) for name in blas_libraries(kernel, operands)]
+            with _without_guards():
+                libraries = blas_libraries(kernel, map(_operand, _tensors(node)))
+            self._events += [Event(name, 0, lasting=True) for name in libraries]
 
     def _allocate(self, storage: str, node: Any, holder: str | None = None) -> None:
         if storage in self._holders:
             return  # an output of a multi-output call that was given its buffer before
-        self._events.append(Event(storage, _nbytes(node)))
+        nbytes, size = _nbytes(node)
+        self._events.append(Event(storage, nbytes, size=size))
         self._hold(holder or storage, storage)
 
     def _hold(self, name: str, storage: str) -> None:
@@ -202,10 +210,13 @@ def _outputs(node: Any) -> Iterator[Any]:
             stack[:0] = value.values()
 
 
-def _workspace(node: Any) -> tuple[int, ...]:
+def _workspace(node: Any) -> list[Bytes]:
     """Bytes of each of a CUDA call's own temporaries."""
     devices = [i.get_device() for i in _tensors(node)]
-    return workspaces(*_call(node)) if devices and devices[0].type == "cuda" else ()
+    if not devices or devices[0].type != "cuda":
+        return []
+    with _without_guards():
+        return [_bytes(compat.exact(n)) for n in workspaces(*_call(node))]
 
 
 def _tensors(node: Any) -> list[Any]:
@@ -220,11 +231,32 @@ def _call(node: Any) -> tuple[str, list[Operand], Operand | None, dict[str, Any]
 
 
 def _operand(node: Any) -> Operand:
-    """A buffer or a view as a kernel sees it, at the sizes' hints."""
-    hint = V.graph.sizevars.optimization_hint
-    shape = tuple(int(hint(s, fallback=4096)) for s in node.get_size())
-    strides = tuple(int(hint(s, fallback=4096)) for s in node.maybe_get_stride() or ())
+    """A buffer or a view as a kernel sees it; comparisons of its dynamic sizes are the example's."""
+    shape, strides = (
+        tuple(map(_comparable, sizes)) for sizes in (node.get_size(), node.maybe_get_stride() or ())
+    )
     return Operand(shape, strides, int(get_dtype_size(node.get_dtype())))
+
+
+def _comparable(size: Any) -> Any:
+    """An int, or torch's symbolic one."""
+    sizevars = V.graph.sizevars
+    value, exact = _hint(size), compat.exact(sizevars.simplify(size))
+    known = not isinstance(exact, int) and not compat.depends_on_data(exact)
+    return sizevars.shape_env.create_symintnode(exact, hint=value) if known else value
+
+
+def _hint(size: Any) -> int:
+    return int(V.graph.sizevars.optimization_hint(size, fallback=4096))
+
+
+def _without_guards() -> contextlib.AbstractContextManager[None]:
+    return compat.without_guards(V.graph.sizevars.shape_env)
+
+
+def _bytes(size: Any) -> Bytes:
+    """At the sizes' hints, and as an expression where they are dynamic."""
+    return _hint(size), None if isinstance(size, int) else size
 
 
 def _arguments(node: Any) -> dict[str, Any]:
@@ -237,10 +269,10 @@ def _arguments(node: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not isinstance(value, ir.IRNode)}
 
 
-def _nbytes(node: Any) -> int:
-    """Bytes of a buffer at the sizes' hints; 0 on another device than the graph's."""
+def _nbytes(node: Any) -> Bytes:
+    """Bytes of a buffer; 0 on another device than the graph's."""
     main = "cuda" if "cuda" in V.graph.device_types else "cpu"
     if node.get_device().type != main:
-        return 0
-    length = V.graph.sizevars.optimization_hint(V.graph.get_allocation_storage_size(node), fallback=4096)
-    return int(length) * int(get_dtype_size(node.get_dtype()))
+        return 0, None
+    length = V.graph.sizevars.simplify(V.graph.get_allocation_storage_size(node))
+    return _bytes(compat.exact(length) * int(get_dtype_size(node.get_dtype())))

@@ -15,7 +15,8 @@ from .compat_wrapper import Recording
 from .devices import DeviceProfile, profile_for
 from .passes import Graphs
 from .replay import Joint, StepPeaks, Trace, replay
-from .simulate import tensor_bytes
+from .simulate import exact_bytes, tensor_bytes
+from .symbolize import narrowed, replayed
 from .types import Plan
 
 
@@ -33,6 +34,7 @@ def joint_of(graphs: Graphs) -> Joint:
         num_fwd_outputs=graphs.num_fwd_outputs,
         received={n.name: i for n, i in zip(arriving, sent, strict=False)},
         tangents={n.name: tensor_bytes(n.meta["val"]) for n in arriving[len(sent) :]},
+        sizes={n.name: exact_bytes(n) for n in arriving[len(sent) :]},
     )
 
 
@@ -41,7 +43,7 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
     there = main_device(inputs)
     device = plan.profile or profile_for(there)
     sizes = storage_sizes(inputs)
-    plan = in_memory(replace(plan, input_bytes=sum(sizes)), device)
+    plan = narrowed(in_memory(replace(plan, input_bytes=sum(sizes)), device), inputs)
     if device.caches != (there.type != "cpu"):
         why = f"its code is for a {there.type}, the plan for {device.name}"
         return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
@@ -53,7 +55,7 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
         why = "Inductor changed what the graphs return"
         return replace(plan, notes=(*plan.notes, f"the peak is simulated, not replayed: {why}"))
     peaks = _replay(forward, backward, joint, device, sizes)
-    return replace(
+    plan = replace(
         plan,
         planned_peak_bytes=peaks.peak,
         replayed=True,
@@ -62,6 +64,7 @@ def confirm(plan: Plan, recording: Recording, joint: Joint, inputs: Sequence[obj
         blas_bytes=peaks.lasting,
         process_bytes=None if device.context_bytes is None else peaks.reserved + device.context_bytes,
     )
+    return replayed(plan, inputs, forward, backward, joint, device.caches)
 
 
 def main_device(values: Iterable[object]) -> torch.device:

@@ -44,6 +44,10 @@ class CalibrationError(CiuicError):
     """Nothing could be measured: no gradients, no batch, or no loss."""
 
 
+class SizeError(CiuicError, ValueError):
+    """Sizes that a plan with dynamic shapes was not made for: unknown, missing or out of range."""
+
+
 class PlanFileError(CiuicError):
     """A plan file that cannot be read: not JSON, truncated, or of another schema version."""
 

@@ -12,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from . import compat
 from .analyze import MemoryModel, analyze
+from .audit import audit, check
 from .capture import CapturedGraph, tensor
 from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
 from .compat_extract import Extractor
@@ -23,6 +24,7 @@ from .planner import Codecs, Selection, choose_codecs, cost_us, fit_budget, make
 from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
+from .symbolize import symbolized
 from .types import Plan
 
 STAYS_WHOLE = {
@@ -144,6 +146,8 @@ class CiuicPartitioner(CustomPartitionerFn):
         elif not _is_better(current, other):
             if "feed-forwards" in more and not current.model.short_of_memory:
                 why = "that brings ratio and budget no closer"
+            elif config.budget is not None:
+                why = "the budget is met for less time without"
             else:
                 why = why_whole(current.draft.planned, other.draft.planned)
         if not why:
@@ -154,13 +158,15 @@ class CiuicPartitioner(CustomPartitionerFn):
 
 
 def _is_better(current: Candidate, other: Candidate) -> bool:
-    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or,
-    where memory is short or a budget binds, its smaller error is worth its matmuls once more."""
+    """Whether the other plan is wanted whatever its peak: it is closer to a ratio that this one misses, or
+    within a budget that binds this one it costs less, or memory is short and its smaller error is worth its
+    matmuls once more."""
     before, after = current.draft.codecs, other.draft.codecs
-    short = before.tightened or current.model.short_of_memory
-    if short and after.variance < before.variance and not _misses_ratio(other.draft, other.model):
+    if _misses_ratio(current.draft, current.model) and not before.tightened:
+        return after.nbytes < before.nbytes
+    if before.tightened or (current.model.short_of_memory and after.variance < before.variance):
         return cost_us(other.model, after) < cost_us(current.model, before)
-    return _misses_ratio(current.draft, current.model) and after.nbytes < before.nbytes
+    return False
 
 
 def _misses_ratio(draft: Draft, model: MemoryModel) -> bool:
@@ -322,15 +328,13 @@ def plan_and_rewrite(
         draft: that of these graphs, where it was already made.
 
     Raises:
-        VerificationError: the rewritten graphs save other bytes than the plan says.
+        VerificationError: the rewritten graphs save other bytes than the plan says, or keep more alive.
     """
     draft = draft or make_draft(model, selection, graphs, correction)
     selection = replace(selection, saved=draft.saved)
     codecs, planned, added = draft.codecs, draft.planned, draft.added
     notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
-    audited = sum(
-        tensor_bytes(n.meta["val"]) for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
-    )
+    stored = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
     plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
     if added:
@@ -340,11 +344,12 @@ def plan_and_rewrite(
             planned_saved_bytes=plan.planned_saved_bytes + added,
             notes=(*plan.notes, f"{added} bytes of it are RNG states that torch saves to replay random ops"),
         )
-    if audited != plan.planned_saved_bytes:
-        raise VerificationError(
-            f"{name}: the rewritten graph saves {audited} bytes, the plan says {plan.planned_saved_bytes}"
-        )
-    return plan
+    audited = audit(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+    try:
+        check(audited, plan.planned_saved_bytes, plan.simulated_peak_bytes)
+    except VerificationError as error:
+        raise VerificationError(f"{name}: {error}") from None
+    return symbolized(plan, model, baseline, planned, stored, added)
 
 
 def _stays(node: fx.Node, present: set[str]) -> bool:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import compat, compat_fake
+from . import compat, compat_cuda, compat_fake
 from .backend import CUDA_PATCHES, is_training
 from .config import CompileConfig, default_config, parse_options
 from .confirm import in_memory, storage_sizes
 from .devices import DeviceProfile, profile_for
 from .errors import CiuicError, OptionError, TargetError
 from .partitioner import CiuicPartitioner
+from .symbolize import narrowed
 from .types import Plan
 
 SIMULATED = "the peak is simulated, not replayed: no code was generated"
@@ -41,6 +42,7 @@ def plan(
 
     Dynamo, AOTAutograd, Inductor's passes and the planner run on fake tensors; no memory is allocated for
     weights and no code is generated, so the peak is the simulated one (docs/architecture.md, "Confirm").
+    For a GPU, attention and autocast are those of CUDA.
 
     Args:
         model: with parameters on any device, the meta device among them. It is the same afterwards.
@@ -129,10 +131,10 @@ def _run_on_fakes(
     fakes = compat_fake.Fakes()
     failed: list[CiuicError] = []
 
+    cuda = config.device is not None and config.device.kind == "cuda"
+
     def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-        patches = dict(config.inductor_options)
-        if config.device is not None and config.device.kind == "cuda":
-            patches = {**CUDA_PATCHES, **patches}
+        patches = {**(CUDA_PATCHES if cuda else {}), **config.inductor_options}
         partitioner = CiuicPartitioner(config, "planning", f"graph {len(made)}")
         try:
             compiled = compat_fake.partition_only(gm, example_inputs, partitioner, patches, fakes.mode)
@@ -159,6 +161,8 @@ def _run_on_fakes(
                 "  fix: plan the model before it is quantized, sharded or wrapped"
             ) from error
         stack.enter_context(fakes.mode)
+        if cuda:
+            stack.enter_context(compat_cuda.as_cuda())
         stack.enter_context(autocast_on(torch.device("cpu"), autocast))
         try:
             torch.compile(step, backend=backend, dynamic=dynamic)(inputs)
@@ -174,6 +178,7 @@ def _finished(plan: Plan, example_inputs: Sequence[object]) -> Plan:
     """A plan as after ``confirm``, but for what generated code would tell."""
     device = plan.profile or profile_for(torch.device("cpu"))
     plan = in_memory(replace(plan, input_bytes=sum(storage_sizes(example_inputs))), device)
+    plan = narrowed(plan, example_inputs)
     return replace(plan, notes=(*plan.notes, SIMULATED))
 
 

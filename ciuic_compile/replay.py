@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .allocator import Allocator
+from .codecs.base import Size
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Event:
     """One storage appears (``nbytes`` > 0), or goes (``nbytes`` == -1).
 
     ``lasting`` bytes are those that a library takes the first time that a thread calls it, and keeps:
-    ``storage`` is its name, and the device says how many they are.
+    ``storage`` is its name, and the device says how many they are. ``size`` is ``nbytes`` as an expression of
+    the dynamic sizes; None where it is fixed.
     """
 
     storage: str
     nbytes: int
     lasting: bool = False
+    size: Size | None = None
 
 
 FREE = -1
@@ -63,12 +66,14 @@ class Joint:
         num_fwd_outputs: how many of them the user gets; they live until the backward is over.
         received: backward input -> index of the forward output that it is.
         tangents: backward inputs that the autograd engine makes, with their bytes.
+        sizes: their bytes as expressions of the dynamic sizes, where they are not fixed.
     """
 
     outputs: int
     num_fwd_outputs: int
     received: Mapping[str, int]
     tangents: Mapping[str, int]
+    sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

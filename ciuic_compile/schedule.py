@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from . import compat, markers
-from .capture import numel, owner
+from .capture import extent, owner
 from .classify import is_reduction, packet
 from .codecs import Bitmask, get_codec
+from .codecs.base import Size
 from .fusion import decoded_to_memory, readers
 
 aten = torch.ops.aten
@@ -52,6 +53,9 @@ def stored_values(graph: fx.Graph, returned: set[fx.Node]) -> Stored:
     stored: dict[fx.Node, frozenset[fx.Node]] = {}
     reads: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in graph.nodes:
+        if "val" in node.meta and compat.is_symbolic(node):  # a size, which code on the host computes
+            reads[node] = frozenset()
+            continue
         if node.op != "call_function":
             reads[node] = frozenset((owner(node),))
             continue
@@ -97,8 +101,8 @@ def in_kernels(stored: Stored) -> list[list[fx.Node]]:
             latest[node] = index  # its results may be used before it leaves the kernel
             continue
         size = _elements(node)
-        for storage in sorted(stored[node], key=lambda s: s.name) if size else ():
-            if numel(storage) == size:
+        for storage in sorted(stored[node], key=lambda s: s.name) if size != 0 else ():
+            if extent(storage) == size:
                 if storage in latest:
                     fusion.fuse(latest[storage], index)
                 latest[storage] = index
@@ -107,12 +111,12 @@ def in_kernels(stored: Stored) -> list[list[fx.Node]]:
     return fusion.order()
 
 
-def _elements(node: fx.Node) -> int:
+def _elements(node: fx.Node) -> Size:
     """How many elements the loop over a value has; 0 where it is none of Inductor's simple ones."""
     if packet(node) in _SCATTERED:
         values = node.args[_SCATTERED[packet(node)]]
-        return numel(values) if isinstance(values, fx.Node) else 0
-    return numel(node) if compat.is_pointwise(node) else 0
+        return extent(values) if isinstance(values, fx.Node) else 0
+    return extent(node) if compat.is_pointwise(node) else 0
 
 
 class _Fusion:

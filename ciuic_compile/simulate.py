@@ -4,19 +4,25 @@ Which values get a buffer, and in which order, is what Inductor is expected to d
 it has decided, ``replay.py`` says what it really allocates. Parameters and graph inputs are not counted,
 saved tensors are, and so are the temporaries of external kernels that ``workspace.py`` knows. Left out:
 rounding, and copies that Inductor makes where it runs convolutions in another layout than the graph's.
+
+Dynamic sizes stay expressions, and are equal where they are equal at every size, as in Inductor. Bytes are
+those at the example's sizes; of the same changes ``symbolize.py`` makes functions of the sizes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import fx
 
 from . import compat
 from .capture import owner, tensor
+from .codecs.base import Size
 from .fusion import is_external
 from .schedule import in_kernels, output_nodes, overwrites, stored_values
 from .workspace import Operand, workspaces
@@ -31,13 +37,27 @@ def tensor_bytes(value: object) -> int:
     return 0
 
 
+def exact_bytes(node: fx.Node) -> Size:
+    """Bytes of a node's value, as :func:`compat.exact` gives them."""
+    return _size(node.meta.get("val"), {})
+
+
+#: So many storages of a size appear, or go where that is negative; what is alive is the sum so far.
+Change = tuple[Size, int]
+
+
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes above parameters and inputs: saved tensors, and the peaks while each graph runs."""
+    """Bytes above parameters and inputs: saved tensors, and the peaks while each graph runs.
+
+    Attributes:
+        changes: what appears and goes in either graph, where sizes are dynamic.
+    """
 
     saved: int
     forward: int
     backward: int
+    changes: tuple[tuple[Change, ...], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def peak(self) -> int:
@@ -51,20 +71,47 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     Args:
         kind: type of device ("cuda", "cpu") that every value counts as being on; None: what each is on.
     """
+    hints = dict[Size, int]()
     saved = saved_storages(forward, num_fwd_outputs)
-    outputs = {owner(n) for n in output_nodes(forward)[:num_fwd_outputs]}
-    user_outputs = sum(tensor_bytes(n.meta.get("val")) for n in outputs if n.op != "placeholder")
+    outputs = dict.fromkeys(owner(n) for n in output_nodes(forward)[:num_fwd_outputs])
     target = _Target(compat.prefers_channels_last(forward, kind), kind)
-    forward_peak = _graph_peak(forward, {}, target)
     names = {node.name for node in saved}
-    live = {
-        n: tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if n.name in names
-    }
-    tangents = sum(
-        tensor_bytes(n.meta.get("val")) for n in backward.find_nodes(op="placeholder") if "tangents" in n.name
+    arriving = backward.find_nodes(op="placeholder")
+    live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
+    beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
+    all_along = Counter(_size(n.meta.get("val"), hints) for n in beside)
+    changes = (
+        _changes(forward, {}, target, hints),
+        (*all_along.items(), *_changes(backward, live, target, hints)),
     )
-    backward_peak = _graph_peak(backward, live, target) + user_outputs + tangents
-    return Peaks(sum(map(tensor_bytes, (n.meta["val"] for n in saved))), forward_peak, backward_peak)
+    total = sum(tensor_bytes(n.meta["val"]) for n in saved)
+    forward_peak, backward_peak = (_peak(part, hints) for part in changes)
+    return Peaks(total, forward_peak, backward_peak, changes if hints else ())
+
+
+def _peak(changes: Iterable[Change], hints: Mapping[Size, int]) -> int:
+    """Most bytes alive after any of the changes."""
+    return max(accumulate(hints.get(size, size) * count for size, count in changes), default=0)
+
+
+def _size(value: object, hints: dict[Size, int]) -> Size:
+    """Bytes of a value as :func:`compat.exact` gives them; those of a dynamic one go into ``hints``."""
+    if isinstance(value, torch.Tensor):
+        size = compat.exact(value.numel()) * value.dtype.itemsize
+        if not isinstance(size, int):
+            hints[size] = tensor_bytes(value)
+        return size
+    if isinstance(value, (tuple, list)):
+        return _sum((_size(v, hints) for v in value), hints)
+    return 0
+
+
+def _sum(sizes: Iterable[Size], hints: dict[Size, int]) -> Size:
+    parts = list(sizes)
+    total = compat.exact(sum(parts))
+    if not isinstance(total, int):
+        hints[total] = sum(hints.get(p, p) for p in parts)
+    return total
 
 
 def saved_storages(forward: fx.Graph, num_fwd_outputs: int) -> list[fx.Node]:
@@ -92,11 +139,14 @@ class _Target:
     kind: str | None
 
 
-def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], target: _Target) -> int:
-    """Peak bytes of one graph.
+def _changes(
+    graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
+) -> tuple[Change, ...]:
+    """What appears and goes while a graph runs, in order.
 
     Args:
         live_inputs: counted until their last use; other inputs never.
+        hints: gets the bytes of dynamic sizes.
     """
     returned = {owner(n) for n in output_nodes(graph)}
     stored = stored_values(graph, returned)
@@ -109,40 +159,42 @@ def _graph_peak(graph: fx.Graph, live_inputs: Mapping[fx.Node, int], target: _Ta
     end = len(kernels)
     last_use = {s: end if s in returned else max(steps) for s, steps in readers.items()}
     last_use |= dict.fromkeys(returned, end)
-    dying: dict[int, list[int]] = {}  # step -> sizes of what is last used there
+    dying: dict[int, list[Size]] = {}  # step -> sizes of what is last used there
     for node, size in live_inputs.items():
         dying.setdefault(last_use.get(node, 0), []).append(size)
-    peak = live = sum(live_inputs.values())
+    changes: list[Change] = list(Counter(live_inputs.values()).items())
     for now, kernel in enumerate(kernels):
         made = [
             made
             for node in kernel
             if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
-            for made in _results(node)
+            for made in _results(node, hints)
         ]
         # A kernel that is no call of a library's writes in place of what it reads for the last time.
         spare = Counter(() if is_external(kernel[0]) else dying.get(now, ()))
         new = Counter(size for _, size in made)
-        inside = _temporaries(kernel[0], target)
-        peak = max(peak, live + sum((new - spare).elements()) + inside)
-        live += sum(new.elements())
+        inside = _temporaries(kernel[0], target, hints)
+        needed = [*(new - spare).items(), (inside, 1)]
+        changes += [*needed, *((size, -count) for size, count in needed)]
         for storage, size in made:
             dying.setdefault(last_use.get(storage, now), []).append(size)
-        live -= sum(dying.pop(now, ()))
-    return peak
+        changes += [(size, -count) for size, count in Counter(dying.pop(now, ())).items()]
+        changes += new.items()
+    return tuple(c for c in changes if c[0] != 0)
 
 
-def _results(node: fx.Node) -> list[tuple[fx.Node, int]]:
+def _results(node: fx.Node, hints: dict[Size, int]) -> list[tuple[fx.Node, Size]]:
     """The storages that a call makes, under the nodes that use them; what nobody uses is under the call's."""
-    size = tensor_bytes(node.meta.get("val"))
+    value = node.meta.get("val")
     if tensor(node) is not None:
-        return [(node, size)]
+        return [(node, _size(value, hints))]
     parts = {n.args[1]: n for n in node.users if compat.is_getitem(n)}
-    used = [(n, tensor_bytes(n.meta.get("val"))) for n in parts.values()]
-    return [*used, (node, size - sum(part for _, part in used))]
+    used = [(n, _size(n.meta.get("val"), hints)) for n in parts.values()]
+    unused = [v for i, v in enumerate(value) if i not in parts] if isinstance(value, (tuple, list)) else []
+    return [*used, (node, _size(unused, hints))]
 
 
-def _temporaries(node: fx.Node, target: _Target) -> int:
+def _temporaries(node: fx.Node, target: _Target, hints: dict[Size, int]) -> Size:
     """Bytes that a library's call takes for itself, in the layouts that Inductor will give it."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return 0
@@ -153,11 +205,17 @@ def _temporaries(node: fx.Node, target: _Target) -> int:
     operands = [_operand(v, target.channels_last) for v in there]
     result = tensor(node)
     made = None if result is None else _operand(result, target.channels_last)
-    return sum(workspaces(str(node.target), operands, made, arguments))
+    env = compat.shape_env(size for operand in operands for size in (*operand.shape, *operand.strides))
+    with compat.without_guards(env) if env is not None else nullcontext():
+        inside: int | torch.SymInt = sum(workspaces(str(node.target), operands, made, arguments))
+    size = compat.exact(inside)
+    if not isinstance(size, int):
+        hints[size] = compat.hint(inside)
+    return size
 
 
 def _operand(value: torch.Tensor, channels_last: bool) -> Operand:
-    shape, strides = (tuple(map(compat.hint, sizes)) for sizes in (value.shape, value.stride()))
+    shape, strides = (tuple(map(compat.comparable, sizes)) for sizes in (value.shape, value.stride()))
     if channels_last and len(shape) == 4:
         _, c, h, w = shape
         strides = (c * h * w, 1, w * c, c)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .devices import DeviceProfile
+from .symbolic import PlanAt, SymbolicPlan, plan_at
 
 
 class Action(str, Enum):
@@ -144,6 +145,7 @@ class Plan:
     device: str = ""
     profile: DeviceProfile | None = None  # the figures of that device that the plan rests on
     symbolic_saved_bytes: str = ""
+    symbolic: SymbolicPlan | None = None  # bytes as functions of the dynamic sizes; None where they are fixed
     notes: tuple[str, ...] = ()  # sentences: targets missed, passes that declined, limits
     baseline_saved_count: int = 0
     simulated_peak_bytes: int = 0  # the rewritten graphs' peak, before Inductor has scheduled them
@@ -161,3 +163,14 @@ class Plan:
         if self.planned_saved_bytes == 0:
             return 1.0 if self.baseline_saved_bytes == 0 else float("inf")
         return self.baseline_saved_bytes / self.planned_saved_bytes
+
+    def at(self, **sizes: int) -> PlanAt:
+        """What the plan needs at other sizes of its dynamic dimensions, and whether its decisions still hold.
+
+        Args:
+            sizes: a value for each of ``symbolic.symbols``, by its name: ``plan.at(s77=64)``.
+
+        Raises:
+            SizeError: the plan has no dynamic sizes; a name is unknown or missing; torch would compile again.
+        """
+        return plan_at(self, sizes)

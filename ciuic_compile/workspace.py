@@ -28,7 +28,7 @@ _CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor as an external kernel reads or writes it."""
+    """A tensor as an external kernel reads or writes it; dynamic sizes are torch's symbolic integers."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ciuic_compile
-from bench.measure import model_tensors, saved
+from bench.measure import model_tensors, peak, saved
 from ciuic_compile import backend
 from ciuic_compile.report import from_json
 from tests.training import (
@@ -122,6 +122,33 @@ def test_dynamic_batch_sizes_and_odd_tails() -> None:
         assert plan.dynamic
         if size == 33:
             assert held.nbytes == plan.planned_saved_bytes + rows().nbytes  # the input is held too
+    assert plan.symbolic is not None
+    (symbol,) = plan.symbolic.symbols
+    for size in (7, 129):  # what Inductor's code takes at sizes that it was not made at
+        x = rows(size)
+        model.zero_grad()
+        with peak(x.device) as measured:
+            output = run(x)
+            output.backward(torch.ones_like(output))
+        at = plan.at(**{symbol.name: size})
+        assert measured.nbytes == pytest.approx(at.planned_peak_bytes, rel=1e-3)
+
+
+def test_a_size_at_which_the_budget_breaks_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    model = mlp()
+    with interpreted():
+        run = compiled(model, "lossless", dynamic=True, options={"budget": "1MiB", "report": "short"})
+        said = []
+        for size in (33, 70, 7000, 7000, 64):
+            run(rows(size)).sum().backward()
+            said.append(capfd.readouterr().err)
+    (plan,) = ciuic_compile.plans()
+    assert plan.symbolic is not None
+    (symbol,) = plan.symbolic.symbols
+    over = plan.at(**{symbol.name: 7000}).planned_peak_bytes / 2**20
+    words = f"peak {over:,.1f} MiB is over the budget 1.0 MiB at {symbol.name}=7000"
+    assert said[0].startswith("ciuic plan") and "no longer" not in said[0]
+    assert said[1:] == ["", f"ciuic: {plan.name}: decisions no longer hold: {words}\n", "", ""]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,6 @@ def test_a_budget_that_only_chunks_fit_takes_them() -> None:
         staged(1, chunk_loss=False, budget=1000)
     assert isinstance(caught.value.inner_exception, InfeasibleBudgetError)
     smallest = caught.value.inner_exception.smallest_bytes
-    assert not chunked(staged(1, **AUTO, budget=smallest))
     found = staged(1, **AUTO, budget=int(0.95 * smallest))
     assert chunked(found)
     assert draft(found).planned.peak <= 0.95 * smallest
@@ -111,6 +110,15 @@ def test_a_budget_that_would_cost_the_gradients_more_takes_chunks() -> None:
     found = staged(8, **AUTO, mode="2:1", budget=200_000)
     assert chunked(found)
     assert draft(found).codecs.variance < squeezed.codecs.variance
+
+
+def test_a_budget_that_is_met_without_chunks_leaves_the_loss_whole() -> None:
+    """Without a budget they are worth a lower peak; with one, that peak is low enough, and time counts."""
+    whole = draft(staged(8, chunk_loss=False)).planned.peak
+    assert chunked(staged(8, **AUTO))
+    found = staged(8, **AUTO, budget=whole)
+    assert not chunked(found)
+    assert "the budget is met for less time without" in " ".join(found.selection.notes)
 
 
 def test_a_budget_too_small_for_chunks_leaves_the_loss_whole() -> None:

@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; ``argv`` is without the program's name."""
     parser, modules = _parser()
     try:
-        args = parser.parse_args(argv)
+        args, late = parser.parse_known_args(argv)
+        if late and not _taken_late(args, late):
+            parser.error(f"unrecognized arguments: {' '.join(late)}")
     except SystemExit as stop:  # argparse has printed; --help is 0, a wrong option 2
         return stop.code if isinstance(stop.code, int) else exit_codes.USAGE
     try:
@@ -78,6 +80,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     for module in modules.values():
         module.add_parser(subparsers)
     return parser, modules
+
+
+def _taken_late(args: argparse.Namespace, late: Sequence[str]) -> bool:
+    """Whether a last, optional argument came after options, where argparse does not look for it."""
+    name = getattr(args, "optional", None)
+    if name is None or getattr(args, name) is not None or len(late) != 1 or late[0].startswith("-"):
+        return False
+    setattr(args, name, late[0])
+    return True
 
 
 def _failed(error: Exception, show: bool) -> int:

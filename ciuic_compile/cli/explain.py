@@ -28,8 +28,12 @@ def add_parser(subparsers: Any) -> None:
     )
     steps.add_target(parser)
     parser.add_argument(
-        "tensor", nargs="?", metavar="TENSOR", help="a tensor's name, its module (* ? as in fnmatch) or FILE:LINE"
+        "tensor",
+        nargs="?",
+        metavar="TENSOR",
+        help="a tensor's name, its module (* ? as in fnmatch) or FILE:LINE",
     )
+    parser.set_defaults(optional="tensor")
     steps.add_plan_options(parser)
 
 

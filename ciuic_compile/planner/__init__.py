@@ -95,13 +95,21 @@ def _by_storage(saved: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(map(owner, saved)))
 
 
-def choose_codecs(model: MemoryModel, selection: Selection) -> Codecs:
-    """Codecs for the saved tensors: least error within the mode's ratio."""
+def choose_codecs(
+    model: MemoryModel, selection: Selection, coefficients: Mapping[fx.Node, float] | None = None
+) -> Codecs:
+    """Codecs for the saved tensors: least error within the mode's ratio.
+
+    Args:
+        coefficients: of the saved tensors' errors, where they are known already.
+    """
+    if coefficients is None:
+        coefficients = _coefficients(model, selection.saved)
     config = model.config
     baseline_bytes = model.baseline_bytes
     sizes = model.storages_of(selection.saved)
     target = int(baseline_bytes / config.ratio) if config.ratio else baseline_bytes
-    options = _all_options(model, selection)
+    options = _all_options(model, selection, coefficients)
     codecs = _solve(model, options, target)
     if model.short_of_memory and codecs.nbytes <= target:
         codecs = _below_rounding(model, options, codecs)
@@ -148,18 +156,16 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
     """
     config = model.config
     assert config.budget is not None
-    codecs, device = choose_codecs(model, selection), model.device
+    device, coefficients = model.device, _coefficients(model, selection.saved)
+    codecs = choose_codecs(model, selection, coefficients)
     peaks = judge(selection.saved, codecs.chosen)
     if peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
-    coefficients = {
-        **_errors(model, everything).coefficients(),
-        **_errors(model, selection.saved).coefficients(),
-    }
-    options = {n: _options(model, n, coefficients.get(n, 0.0), device) for n in everything}
+    of_all = {**_coefficients(model, everything), **coefficients}
+    options = {n: _options(model, n, of_all.get(n, 0.0), device) for n in everything}
     formulation = formulate(model, options, selection.saved)
-    smallest = _solve(model, _all_options(model, selection), 0)
+    smallest = _solve(model, _all_options(model, selection, coefficients), 0)
     planned = sum(o.nbytes for o in codecs.options.values())
     found = fit(
         formulation,
@@ -187,7 +193,7 @@ def _described(
     found: Fit,
 ) -> Codecs:
     """What the solver chose, with the error of each storage among these saved ones."""
-    coefficients = _errors(model, selection.saved).coefficients()
+    coefficients = _coefficients(model, selection.saved)
     picked: dict[fx.Node, Option] = {}
     for node in model.storages_of(selection.saved):
         options = _options(model, node, coefficients.get(node, 0.0), device)
@@ -211,12 +217,18 @@ def _price(found: Fit) -> Price | None:
 
 
 def _errors(model: MemoryModel, saved: Sequence[fx.Node]) -> ErrorModel:
-    return ErrorModel(model.captured, model.classes, list(saved), model.calibration)
+    return ErrorModel(model.captured, model.classes, list(saved), model.calibration, model.energy)
 
 
-def _all_options(model: MemoryModel, selection: Selection) -> dict[fx.Node, list[Option]]:
+def _coefficients(model: MemoryModel, saved: Sequence[fx.Node]) -> dict[fx.Node, float]:
+    """What the error of each saved node counts; nothing where no codec makes one."""
+    return _errors(model, saved).coefficients() if model.config.lossy else {}
+
+
+def _all_options(
+    model: MemoryModel, selection: Selection, coefficients: Mapping[fx.Node, float]
+) -> dict[fx.Node, list[Option]]:
     """What each saved storage may become."""
-    coefficients = _errors(model, selection.saved).coefficients()
     return {
         n: _options(model, n, coefficients.get(n, 0.0), model.device)
         for n in model.storages_of(selection.saved)
@@ -275,9 +287,13 @@ def make_plan(
     used = {n: get_codec(codec) for n, codec in codecs.chosen.items() if codec}
     mse = {n: relative_mse(model.classes, n, codec, model.calibration) for n, codec in used.items()}
     most = {n: max(mse[n], codec.relative_mse) for n, codec in used.items()}
-    error_model = _errors(model, selection.saved)
-    share = error_model.coefficients(error_model.weights)
-    errors = {node: sqrt(share[node] * mse[node]) for node in mse}
+    errors, gradient_error, bound = dict[fx.Node, float](), 0.0, 0.0
+    if any(most.values()):
+        error_model = _errors(model, selection.saved)
+        share = error_model.coefficients(error_model.weights)
+        errors = {node: sqrt(share[node] * mse[node]) for node in mse}
+        gradient_error = error_model.whole(error_model.gradient_errors(mse))
+        bound = error_model.bound(most)
     rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
     rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
     if codecs.rebuilt_us is not None:
@@ -293,8 +309,8 @@ def make_plan(
         planned_saved_bytes=sum(o.nbytes for o in codecs.options.values()),
         baseline_peak_bytes=baseline.peak,
         planned_peak_bytes=planned.peak,
-        gradient_error=error_model.whole(error_model.gradient_errors(mse)),
-        gradient_error_bound=error_model.bound(most),
+        gradient_error=gradient_error,
+        gradient_error_bound=bound,
         time_us=sum(o.time_us for o in codecs.options.values()) + rebuilt_us + _chunks_again_us(model),
         gap=codecs.gap,
         lower_bound=codecs.lower_bound,

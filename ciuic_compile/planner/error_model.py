@@ -24,8 +24,8 @@ from ..calibration import GraphCalibration
 from ..capture import CapturedGraph, numel, operands
 from ..classify import Classifier, packet
 from ..codecs import Codec
+from ..energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
 from ..types import TensorClass
-from .energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
 
 aten = torch.ops.aten
 _SUMS = TERMS | {
@@ -71,6 +71,7 @@ class ErrorModel:
         classes: its classifier.
         saved: nodes that live from forward to backward; errors start there.
         measured: shares and gains that were measured of this graph; None: shares are guessed, gains 1.
+        energy: the guess of this graph's, where it is known already.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class ErrorModel:
         classes: Classifier,
         saved: list[fx.Node],
         measured: GraphCalibration | None = None,
+        energy: Energy | None = None,
     ) -> None:
         self._captured = captured
         self._classes = classes
         self._saved = set(saved)
         self._measured = measured
-        self._energy = Energy(captured, classes)
+        self._energy = energy or Energy(captured, classes)
 
     def coefficients(self, weights: Sequence[float] | None = None) -> dict[fx.Node, float]:
         """For each saved node, d(variance of the whole gradient) / d(its codec's relative_mse).

@@ -12,8 +12,8 @@ from .. import compat
 from ..capture import tensor
 from ..classify import is_attention, packet
 from ..devices import DeviceProfile
+from ..energy import is_attention_backward
 from ..simulate import tensor_bytes
-from .energy import is_attention_backward
 
 
 def node_us(node: fx.Node, device: DeviceProfile) -> float:

@@ -29,8 +29,8 @@ def explain_peak(plan: Plan, width: int = 120) -> str:
     """What is alive at the planned peak, largest first, layers together, and what would lower it."""
     lines = [
         f"ciuic explain: {plan.name} | mode {plan.mode} | {plan.device}",
-        f"  planned peak {size(plan.planned_peak_bytes)}, Inductor's {size(plan.baseline_peak_bytes)}; "
-        f"parameters and inputs, {size(plan.input_bytes)}, not counted",
+        f"  planned peak {size(plan.planned_peak_bytes)}, Inductor's {size(plan.baseline_peak_bytes)}",
+        f"  parameters and inputs, {size(plan.input_bytes)}, not counted",
     ]
     timeline: Any = getattr(plan, "timeline", None)
     if timeline is None:
@@ -165,8 +165,9 @@ def _one(plan: Plan, some: Sequence[Decision]) -> list[str]:
     total = sum(x.storage.nbytes for x in some)
     times = f"{len(some)} tensors, " if len(some) > 1 else ""
     module = s.source.module if len(some) == 1 else star(s.source.module)
+    name = s.name if len(some) == 1 else f"{s.name}, ..."
     lines = [
-        f"  {s.name if len(some) == 1 else s.name + ', ...'}: {times}{op_label(s.op)} in {module or 'the step'}",
+        f"  {name}: {times}{op_label(s.op)} in {module or 'the step'}",
         f"    made at    {_where(s.source)}  {ascii_line(s.source.code)}".rstrip(),
         f"    is         {s.dtype} {list(s.shape)}, {size(total)}; class {s.kind.value}",
         f"    Inductor   saves {size(sum(x.baseline_bytes for x in some))}",
@@ -193,7 +194,9 @@ def _change(plan: Plan, decision: Decision) -> str:
     storage = decision.storage
     module = storage.source.module or op_label(storage.op)
     if decision.action is Action.RECOMPUTE:
-        return "a torch.utils.checkpoint policy of MUST_SAVE keeps it; so may a larger budget or a lower ratio"
+        return (
+            "a torch.utils.checkpoint policy of MUST_SAVE keeps it; so may a larger budget or a lower ratio"
+        )
     if decision.action is Action.COMPRESS:
         return f"the option deny={module!r} keeps it exact; a lower ratio keeps more bits"
     reason = reason_of(decision)

@@ -91,12 +91,16 @@ def _head(plan: Plan, full: bool) -> list[str]:
         "  planned = estimated before the first run; parameters and inputs not counted",
         f"  peak   Inductor {size(peaks[0])}, planned {size(peaks[1])}: {factor(*peaks)}{budget}",
         *_device(plan),
+        *_sizes(plan),
         f"  saved  Inductor {size(saved[0])}{tensors}, planned {size(saved[1])}: {factor(*saved)}",
         cost,
         *_price(plan),
     ]
     if full and plan.symbolic_saved_bytes:
         lines.append(f"  saved bytes as an expression: {ascii_line(plan.symbolic_saved_bytes)}")
+    if full and plan.symbolic:
+        limits = (f"{s.name} ({s.source or 'an input'}, {s.range})" for s in plan.symbolic.symbols)
+        lines.append(f"  compiled for {ascii_line('; '.join((*limits, *plan.symbolic.guards)))}")
     if full and plan.lower_bound:
         lines.append(f"  optimiser: lower bound {plan.lower_bound:.6g}, gap {percent(plan.gap)}")
     return lines
@@ -106,6 +110,18 @@ def _price(plan: Plan) -> list[str]:
     """What more or less of the budget is worth."""
     sentence = price_sentence(plan)
     return [f"  price  {sentence}"] if sentence else []
+
+
+def _sizes(plan: Plan) -> list[str]:
+    """The peak as a sum of dynamic sizes: the one that is the largest at the traced sizes."""
+    if plan.symbolic is None:
+        return []
+    most = plan.symbolic.planned_peak
+    largest = most.largest(plan.symbolic.traced)
+    peak = " + ".join(size(n) if term == "1" else f"{size(n)}*{ascii_line(term)}" for n, term in largest)
+    others = f", the largest of {len(most.rows)} sums" if len(most.rows) > 1 else ""
+    traced = ", ".join(f"{ascii_line(s.name)}={s.traced}" for s in plan.symbolic.symbols)
+    return [f"  sizes  peak {peak or '0 B'} at {traced}{others}: plan.at() has other sizes"]
 
 
 def _device(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from ciuic_compile.devices import named
+from ciuic_compile.symbolic import Symbol, SymbolicBytes, SymbolicPlan
 from ciuic_compile.types import Action, Decision, Plan, Price, Source, Storage, TensorClass
 
 _SIZES = st.integers(0, 2**50)
@@ -41,6 +42,27 @@ _DECISIONS = st.builds(
     time_us=_COSTS,
     reason=st.text(max_size=300),
 )
+_BYTES = st.integers(0, 3).flatmap(
+    lambda width: st.builds(
+        SymbolicBytes,
+        terms=st.lists(
+            st.sampled_from(["1", "s0", "s0*s1", "((s0 + 63)//64)"]), min_size=width, max_size=width
+        ).map(tuple),
+        rows=st.lists(st.tuples(*[_SIZES] * width), max_size=4).map(tuple),
+    )
+)
+_SYMBOLIC = st.builds(
+    SymbolicPlan,
+    symbols=st.tuples(
+        st.builds(Symbol, st.just("s0"), st.text(max_size=300), _SIZES, _SIZES, st.none() | _SIZES),
+        st.builds(Symbol, st.just("s1"), st.text(max_size=300), _SIZES, _SIZES, st.none() | _SIZES),
+    ),
+    guards=st.lists(st.text(max_size=200), max_size=3).map(tuple),
+    baseline_saved=_BYTES,
+    planned_saved=_BYTES,
+    baseline_peak=_BYTES,
+    planned_peak=_BYTES,
+)
 _PLANS = st.builds(
     Plan,
     name=st.text(max_size=300),
@@ -60,6 +82,7 @@ _PLANS = st.builds(
     device=st.text(max_size=200),
     profile=st.none() | st.sampled_from([named("h200"), named("cpu")]),
     symbolic_saved_bytes=st.text(max_size=300),
+    symbolic=st.none() | _SYMBOLIC,
     notes=st.lists(st.text(max_size=800), max_size=8).map(tuple),
     baseline_saved_count=st.integers(0, 10**6),
     simulated_peak_bytes=_SIZES,

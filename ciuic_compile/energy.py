@@ -15,9 +15,9 @@ from math import prod
 import torch
 from torch import fx
 
-from .. import compat
-from ..capture import CapturedGraph, numel, operands, tensor
-from ..classify import Classifier, is_contraction, is_reduction, packet
+from . import compat
+from .capture import CapturedGraph, numel, operands, tensor
+from .classify import Classifier, is_contraction, is_reduction, packet
 
 aten = torch.ops.aten
 
@@ -61,6 +61,8 @@ class Energy:
     def _forward(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """1 for statistics and what they normalize; weights shrink a value, numbers and products scale it."""
         inputs = operands(node)
+        if packet(node) not in SCALED | TERMS:  # a number among the others' arguments is a size
+            inputs = [i for i in inputs if not compat.is_symbolic(i)]
         values = [power.get(i, 1.0) for i in inputs if i not in self._classes.from_parameters]
         if packet(node) in SCALED:
             statistics = self._classes.statistics
