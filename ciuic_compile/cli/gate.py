@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciuic_compile.cli import exit_codes
 from ciuic_compile.errors import OutputError
 
 if TYPE_CHECKING:
@@ -72,8 +71,3 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
             f"cannot write {str(args.output)!r}: {error.strerror or error}; it is as it was"
         ) from error
     sys.stdout.write(render(outcome, "text"))
-
-
-def is_internal(error: BaseException) -> bool:
-    """Whether an error is a bug of ours, not the user's to mend."""
-    return exit_codes.of(error) == exit_codes.INTERNAL

@@ -24,9 +24,15 @@ SCHEMA: Final = "ciuic.baseline/1"
 _FAMILY: Final = "ciuic.baseline/"
 _BLANK: Final = "."  # in place of a line without code
 _FIGURES: Final = (
-    "peak_bytes", "saved_bytes", "inductor_peak_bytes", "inductor_saved_bytes", "input_bytes", "time_us", "error",
+    "peak_bytes",
+    "saved_bytes",
+    "inductor_peak_bytes",
+    "inductor_saved_bytes",
+    "input_bytes",
+    "time_us",
+    "error",
     "graphs",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def loads(text: str, path: str = "the baseline") -> Baseline:
     if found != SCHEMA:
         raise BaselineError(
             f"{path} was written by another version of ciuic-compile: schema {found!r}, this version reads "
-            f"{SCHEMA!r}\n  fix: install the version that wrote it, or accept again: ciuic accept --all -m WHY"
+            f"{SCHEMA!r}\n  fix: install the version that wrote it, or delete it and accept again"
         )
     try:
         return Baseline({name: _accepted(entry) for name, entry in document["entries"].items()})
@@ -175,12 +181,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False)
 
 
-def _number(value: float) -> float | str:
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        return float(f"{value:.6g}")
-    return value
+def _number(value: float | int) -> float | str:
+    if type(value) is int:
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 def _fixed(f: Fixed) -> dict[str, Any]:
@@ -190,11 +194,20 @@ def _fixed(f: Fixed) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     p = row.place
     return {
-        "id": f"{p.module}/{p.op}", "dtype": p.dtype, "shapes": [list(s) for s in row.shapes], "count": row.count,
-        "bytes": row.nbytes, "saved": row.saved, "inductor_saved": row.inductor_saved, "peak": row.peak,
-        "inductor_peak": row.inductor_peak, "returned": row.returned, "how": row.codecs,
-        "source": f"{p.file}:{p.line}" if p.file else "", "code": p.code,
-    }  # fmt: skip
+        "id": f"{p.module}/{p.op}",
+        "dtype": p.dtype,
+        "shapes": [list(s) for s in row.shapes],
+        "count": row.count,
+        "bytes": row.nbytes,
+        "saved": row.saved,
+        "inductor_saved": row.inductor_saved,
+        "peak": row.peak,
+        "inductor_peak": row.inductor_peak,
+        "returned": row.returned,
+        "how": row.codecs,
+        "source": f"{p.file}:{p.line}" if p.file else "",
+        "code": p.code,
+    }
 
 
 def _acceptance(a: Acceptance) -> dict[str, Any]:
@@ -223,9 +236,15 @@ def _accepted(data: Any) -> Accepted:
         files={name: _read_hashes(hashes) for name, hashes in data["files"].items()},
     )
     history = tuple(
-        Acceptance(_is(a["date"], str), _is(a["reason"], str), _figure(a["peak_bytes"], int), a["before_bytes"], a["torch"])
+        Acceptance(
+            date=_is(a["date"], str),
+            reason=_is(a["reason"], str),
+            peak_bytes=_figure(a["peak_bytes"], int),
+            before_bytes=a["before_bytes"],
+            torch=_is(a["torch"], str),
+        )
         for a in data["history"]
-    )  # fmt: skip
+    )
     return Accepted(record, history)
 
 

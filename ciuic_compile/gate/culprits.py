@@ -65,7 +65,8 @@ class _Growth:
     now: list[Row] = field(default_factory=list)
 
     def by(self, figure: str) -> int:
-        return sum(getattr(r, figure) for r in self.now) - sum(getattr(r, figure) for r in self.before)
+        now, before = (sum(int(getattr(r, figure)) for r in rows) for rows in (self.now, self.before))
+        return now - before
 
     @property
     def nbytes(self) -> int:

@@ -212,10 +212,11 @@ def _rows(plans: Sequence[Plan]) -> tuple[tuple[Row, ...], tuple[int, int]]:
                 nbytes=row.nbytes + d.storage.nbytes,
                 saved=row.saved + d.saved_bytes,
                 inductor_saved=row.inductor_saved + d.baseline_bytes,
-                peak=row.peak + (d.saved_bytes if i < ours_at or not _timeline(plan) else 0),
-                inductor_peak=row.inductor_peak + (d.baseline_bytes if i < inductor_at or not _timeline(plan) else 0),
+                # of the graph at the peak, the timeline knows better; without one, saved tensors stand for it
+                peak=row.peak + d.saved_bytes * (i < ours_at or not _timeline(plan)),
+                inductor_peak=row.inductor_peak + d.baseline_bytes * (i < inductor_at or not _timeline(plan)),
                 shapes=_shapes((*row.shapes, d.storage.shape)),
-            )  # fmt: skip
+            )
         if i == ours_at:
             _add_alive(table, plan, "planned")
         if i == inductor_at:

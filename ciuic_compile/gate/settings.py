@@ -146,7 +146,7 @@ def load(path: Path) -> Settings:
     return _Reader(path, text).settings(document)
 
 
-_SHAPE: Final = {"batch": int, "seq": int, "dtype": str, "checkpointing": bool}
+_SHAPE: Final[dict[str, type]] = {"batch": int, "seq": int, "dtype": str, "checkpointing": bool}
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _DEFAULTS: Final = {"mode", "budget", "device", "autocast", "dynamic", "options"}
 _LIMITS: Final = {f.name for f in fields(Limits)}
@@ -219,7 +219,9 @@ class _Reader:
             raise self._wrong("dynamic", where["dynamic"], f"is {merged['dynamic']!r}", "true or false")
         shape = {key: table[key] for key in _SHAPE if key in table}
         for key, value in shape.items():
-            if type(value) is not _SHAPE[key] or (_SHAPE[key] is int and value < 1):
+            if type(value) is not _SHAPE[key] or (
+                isinstance(value, int) and value < 1 and value is not False
+            ):
                 valid = {int: "a whole number above 0", str: "a string", bool: "true or false"}[_SHAPE[key]]
                 raise self._wrong(key, i, f"is {value!r}", valid)
         if shape.get("dtype", _DTYPES[0]) not in _DTYPES:
@@ -310,7 +312,8 @@ class _Reader:
 
     def _line(self, key: str, at: str | int | None) -> int:
         """The line of a key in a table ("ciuic", or the entry of that number), or the table's own."""
-        header = {"ciuic": r"\[\s*ciuic\s*\]", None: None}.get(at, r"\[\[\s*entry\s*\]\]")  # type: ignore[call-overload]
+        entry = r"\[\[\s*entry\s*\]\]"
+        header = None if at is None else r"\[\s*ciuic\s*\]" if at == "ciuic" else entry
         lines, start, seen = self.text.splitlines(), 0, -1
         if header is not None:
             for number, line in enumerate(lines, 1):

@@ -111,7 +111,7 @@ def user_files(model: object, target: str, traced: Iterable[str], root: Path) ->
 
     Args:
         model: an ``nn.Module``, whose classes' files count; anything else has none.
-        target: ``path.py:function`` or ``package.module:function``; a Hugging Face folder's config.json counts.
+        target: of an entry; a Hugging Face folder's config.json is a source, too.
         traced: files that plans name, relative to ``root`` or absolute.
         root: what names are relative to.
     """

@@ -93,8 +93,13 @@ def test_json_follows_its_schema() -> None:
         validator.validate(json.loads(render(outcome, "json")))
     entry = json.loads(render(OUTCOME, "json"))["entries"][2]
     assert entry["measures"][0] == {
-        "name": "peak", "unit": "bytes", "before": 100 * 2**20, "now": 124 * 2**20, "limit": 101 * 2**20, "exceeded": True,
-    }  # fmt: skip
+        "name": "peak",
+        "unit": "bytes",
+        "before": 100 * 2**20,
+        "now": 124 * 2**20,
+        "limit": 101 * 2**20,
+        "exceeded": True,
+    }
     assert entry["measures"][1]["now"] is None  # infinite
 
 

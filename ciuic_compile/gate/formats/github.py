@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ciuic_compile.gate.compare import Check, Status
 from ciuic_compile.gate.formats import Outcome
-from ciuic_compile.gate.formats.text import culprit_line, render as render_text
+from ciuic_compile.gate.formats.text import culprit_line
+from ciuic_compile.gate.formats.text import render as render_text
 
 
 def render(outcome: Outcome) -> str:
