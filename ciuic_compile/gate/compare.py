@@ -169,7 +169,7 @@ def check(
         if over or too_much:
             found = replace(found, title="; ".join(filter(None, [too_much, *over])))
             found = _failed(found, before, now, accept, bool(over), environment)
-            if settings and found.culprits:
+            if settings and found.status is Status.REGRESSION:
                 first = Culprit(settings_file, entry.line, "", 0, changed=True, why=(f"changed: {settings}",))
                 found = replace(found, culprits=(first, *found.culprits[:4]))
         else:
