@@ -49,7 +49,11 @@ def run_and_compare(text: str, status: int, ciuic: Callable[..., Ran]) -> None:
 
 def test_every_key_of_the_settings_is_in_the_table() -> None:
     text = (DOCS / "ci-gate.md").read_text()
-    table = {key for row in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    table = {
+        key
+        for row in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+        for key in re.findall(r"`(\w+)`", row)
+    }
     known = settings._ENTRY | settings._CIUIC
     assert table == known and {f.name for f in fields(settings.Limits)} <= table
 
