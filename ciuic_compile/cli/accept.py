@@ -22,7 +22,9 @@ def add_parser(subparsers: Any) -> None:
         subparsers, "accept", "make what a training step takes now the baseline, with a reason", EXAMPLES
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="entries of ciuic.toml")
-    parser.add_argument("--all", action="store_true", help="every entry; those no longer in ciuic.toml are dropped")
+    parser.add_argument(
+        "--all", action="store_true", help="every entry; those no longer in ciuic.toml are dropped"
+    )
     parser.add_argument("-m", "--message", metavar="WHY", help="the reason, kept in the baseline")
     gate.add_files(parser)
 
@@ -50,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if args.all:
         known = {entry.name for entry in found.entries}
         after = baseline.Baseline({n: e for n, e in before.entries.items() if n in known})
-    said = [f"{name}: dropped, it is not in {found.path}" for name in before.entries if name not in after.entries]
+    said = [
+        f"{name}: dropped, it is not in {found.path}" for name in before.entries if name not in after.entries
+    ]
     for entry in found.chosen(args.names):
         now, old = plan_entry(entry), before.entries.get(entry.name)
         if old is not None and baseline.same(old.record, now):

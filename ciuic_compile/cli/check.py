@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ciuic_compile.cli import gate, new_parser
+from ciuic_compile.cli import exit_codes, gate, new_parser
 
 if TYPE_CHECKING:
+    from ciuic_compile.gate.baseline import Accepted
     from ciuic_compile.gate.compare import Check
     from ciuic_compile.gate.settings import Entry, Settings
 
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     except BaselineError:
         if path.exists():
             raise
-        accepted = baseline.Baseline()  # each entry is then told to have none; a hard_limit holds all the same
+        accepted = (
+            baseline.Baseline()
+        )  # each entry is then told to have none; a hard_limit holds all the same
     checks = tuple(_check(entry, found, accepted.entries.get(entry.name)) for entry in entries)
     known = {entry.name for entry in found.entries}
     notes = tuple(
@@ -57,23 +60,25 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _check(entry: Entry, found: Settings, accepted: Any) -> Check:
+def _check(entry: Entry, found: Settings, accepted: Accepted | None) -> Check:
     from ciuic_compile.errors import CiuicError, InfeasibleBudgetError
     from ciuic_compile.gate import compare
     from ciuic_compile.gate.plan_entry import plan_entry
 
-    place = {"settings_file": found.path.as_posix(), "line": entry.line}
+    file = found.path.as_posix()
     try:
         now = plan_entry(entry)
-    except InfeasibleBudgetError as error:
-        title, _, more = str(error).partition("\n")
-        return compare.Check(entry.name, compare.Status.INFEASIBLE, title, details=tuple(more.split("\n")), **place)  # type: ignore[arg-type]
     except CiuicError as error:
-        if gate.is_internal(error):
+        if exit_codes.of(error) == exit_codes.INTERNAL:
             raise
+        infeasible = isinstance(error, InfeasibleBudgetError)
         title, _, more = str(error).partition("\n")
-        details = tuple(line.strip() for line in more.splitlines())
-        return compare.Check(entry.name, compare.Status.ERROR, title, details=details, **place)  # type: ignore[arg-type]
-    return compare.check(
-        entry, now, accepted, environment=found.environment, settings_file=found.path.as_posix()
-    )
+        return compare.Check(
+            entry.name,
+            compare.Status.INFEASIBLE if infeasible else compare.Status.ERROR,
+            title,
+            details=tuple(line.strip() for line in more.splitlines()),
+            settings_file=file,
+            line=entry.line,
+        )
+    return compare.check(entry, now, accepted, environment=found.environment, settings_file=file)

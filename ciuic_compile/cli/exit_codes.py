@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from ciuic_compile.errors import BaselineError, CiuicError, InfeasibleBudgetError, PassError, VerificationError
+from ciuic_compile.errors import (
+    BaselineError,
+    CiuicError,
+    InfeasibleBudgetError,
+    PassError,
+    VerificationError,
+)
 
 PASS: Final = 0
 REGRESSION: Final = 1

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciuic_compile.cli import exit_codes
 from ciuic_compile.errors import OutputError
 
 if TYPE_CHECKING:
@@ -19,17 +18,26 @@ FORMATS = ("text", "json", "md", "junit", "sarif", "github")
 def add_files(parser: argparse.ArgumentParser) -> None:
     """Where settings and baseline are."""
     parser.add_argument(
-        "--config", type=Path, default=Path("ciuic.toml"), metavar="FILE", help="settings (default: ciuic.toml)"
+        "--config",
+        type=Path,
+        default=Path("ciuic.toml"),
+        metavar="FILE",
+        help="settings (default: ciuic.toml)",
     )
     parser.add_argument(
-        "--baseline", type=Path, metavar="FILE", help="baseline (default: as the settings say, ciuic-baseline.json)"
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="baseline (default: as the settings say, ciuic-baseline.json)",
     )
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """How the outcome is written, and where."""
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the outcome (default: text)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there, and the text to stdout")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it there, and the text to stdout"
+    )
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -59,10 +67,7 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
     try:
         write_atomically(str(args.output), render(outcome, args.format))
     except OSError as error:
-        raise OutputError(f"cannot write {str(args.output)!r}: {error.strerror or error}; it is as it was") from error
+        raise OutputError(
+            f"cannot write {str(args.output)!r}: {error.strerror or error}; it is as it was"
+        ) from error
     sys.stdout.write(render(outcome, "text"))
-
-
-def is_internal(error: BaseException) -> bool:
-    """Whether an error is a bug of ours, not the user's to mend."""
-    return exit_codes.of(error) == exit_codes.INTERNAL

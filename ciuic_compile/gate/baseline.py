@@ -24,9 +24,15 @@ SCHEMA: Final = "ciuic.baseline/1"
 _FAMILY: Final = "ciuic.baseline/"
 _BLANK: Final = "."  # in place of a line without code
 _FIGURES: Final = (
-    "peak_bytes", "saved_bytes", "inductor_peak_bytes", "inductor_saved_bytes", "input_bytes", "time_us", "error",
+    "peak_bytes",
+    "saved_bytes",
+    "inductor_peak_bytes",
+    "inductor_saved_bytes",
+    "input_bytes",
+    "time_us",
+    "error",
     "graphs",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ def load(path: Path) -> Baseline:
             "  fix: ciuic accept --all -m 'first baseline', and commit the file"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BaselineError(f"{path} cannot be read: {error}\n  fix: restore it from version control") from error
+        raise BaselineError(
+            f"{path} cannot be read: {error}\n  fix: restore it from version control"
+        ) from error
     return loads(text, str(path))
 
 
@@ -106,7 +114,7 @@ def loads(text: str, path: str = "the baseline") -> Baseline:
     if found != SCHEMA:
         raise BaselineError(
             f"{path} was written by another version of ciuic-compile: schema {found!r}, this version reads "
-            f"{SCHEMA!r}\n  fix: install the version that wrote it, or accept again: ciuic accept --all -m WHY"
+            f"{SCHEMA!r}\n  fix: install the version that wrote it, or delete it and accept again"
         )
     try:
         return Baseline({name: _accepted(entry) for name, entry in document["entries"].items()})
@@ -143,7 +151,11 @@ def dumps(baseline: Baseline) -> str:
 
 def _entry(accepted: Accepted) -> str:
     r = accepted.record
-    lines = [f'"target": {_json(r.target)}', f'"settings": {_json(r.settings)}', f'"environment": {_json(r.environment)}']
+    lines = [
+        f'"target": {_json(r.target)}',
+        f'"settings": {_json(r.settings)}',
+        f'"environment": {_json(r.environment)}',
+    ]
     lines += [f'"{name}": {_json(_number(getattr(r, name)))}' for name in _FIGURES]
     lines += [f'"dynamic": {_json(r.dynamic)}']
     lines.append(_list("inputs", [_fixed(f) for f in r.inputs]))
@@ -169,12 +181,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False)
 
 
-def _number(value: float) -> float | str:
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return str(value)
-        return float(f"{value:.6g}")
-    return value
+def _number(value: float | int) -> float | str:
+    if type(value) is int:
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
 def _fixed(f: Fixed) -> dict[str, Any]:
@@ -184,11 +194,20 @@ def _fixed(f: Fixed) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     p = row.place
     return {
-        "id": f"{p.module}/{p.op}", "dtype": p.dtype, "shapes": [list(s) for s in row.shapes], "count": row.count,
-        "bytes": row.nbytes, "saved": row.saved, "inductor_saved": row.inductor_saved, "peak": row.peak,
-        "inductor_peak": row.inductor_peak, "returned": row.returned, "how": row.codecs,
-        "source": f"{p.file}:{p.line}" if p.file else "", "code": p.code,
-    }  # fmt: skip
+        "id": f"{p.module}/{p.op}",
+        "dtype": p.dtype,
+        "shapes": [list(s) for s in row.shapes],
+        "count": row.count,
+        "bytes": row.nbytes,
+        "saved": row.saved,
+        "inductor_saved": row.inductor_saved,
+        "peak": row.peak,
+        "inductor_peak": row.inductor_peak,
+        "returned": row.returned,
+        "how": row.codecs,
+        "source": f"{p.file}:{p.line}" if p.file else "",
+        "code": p.code,
+    }
 
 
 def _acceptance(a: Acceptance) -> dict[str, Any]:
@@ -218,9 +237,15 @@ def _accepted(data: Any) -> Accepted:
         files={name: _read_hashes(hashes) for name, hashes in data["files"].items()},
     )
     history = tuple(
-        Acceptance(_is(a["date"], str), _is(a["reason"], str), _figure(a["peak_bytes"], int), a["before_bytes"], a["torch"])
+        Acceptance(
+            date=_is(a["date"], str),
+            reason=_is(a["reason"], str),
+            peak_bytes=_figure(a["peak_bytes"], int),
+            before_bytes=a["before_bytes"],
+            torch=_is(a["torch"], str),
+        )
         for a in data["history"]
-    )  # fmt: skip
+    )
     return Accepted(record, history)
 
 
@@ -241,14 +266,19 @@ def _figure(value: Any, kind: type) -> Any:
 
 
 def _read_fixed(f: Any) -> Fixed:
-    return Fixed(_is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int))
+    return Fixed(
+        _is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int)
+    )
 
 
 def _read_row(r: Any) -> Row:
     module, _, op = _is(r["id"], str).rpartition("/")
     file, _, line = _is(r["source"], str).rpartition(":")
     place = Place(module, op, _is(r["dtype"], str), _is(r["code"], str), file, int(line or 0))
-    figures = {name: _figure(r[name], int) for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")}
+    figures = {
+        name: _figure(r[name], int)
+        for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")
+    }
     shapes = tuple(tuple(shape) for shape in r["shapes"])
     return Row(place, nbytes=_figure(r["bytes"], int), codecs=_is(r["how"], str), shapes=shapes, **figures)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ciuic_compile.cli import exit_codes
@@ -42,6 +43,9 @@ EXIT = {
 SEVEREST = (exit_codes.USAGE, exit_codes.INFEASIBLE, exit_codes.REGRESSION, exit_codes.BASELINE)
 
 
+_NONE = Limits()
+
+
 @dataclass(frozen=True)
 class Measure:
     """One figure before and now.
@@ -72,9 +76,15 @@ class Measure:
         if self.before == self.now:
             return f"{self.figure(self.now)} (unchanged)"
         difference = self.now - self.before
-        share = f", {'+' if difference > 0 else ''}{percent(difference / abs(self.before))}" if self.before else ""
+        share = (
+            f", {'+' if difference > 0 else ''}{percent(difference / abs(self.before))}"
+            if self.before
+            else ""
+        )
         sign = "+" if difference > 0 and not self.figure(difference).startswith("+") else ""
-        return f"{self.figure(self.before)} -> {self.figure(self.now)} ({sign}{self.figure(difference)}{share})"
+        return (
+            f"{self.figure(self.before)} -> {self.figure(self.now)} ({sign}{self.figure(difference)}{share})"
+        )
 
     def figure(self, value: float) -> str:
         """A value with its unit."""
@@ -125,49 +135,82 @@ def exit_code(checks: Sequence[Check]) -> int:
 
 
 def check(
-    entry: Entry, now: Record, accepted: Accepted | None, *, environment: str = "fail", settings_file: str = "ciuic.toml"
+    entry: Entry,
+    now: Record,
+    accepted: Accepted | None,
+    *,
+    environment: str = "fail",
+    settings_file: str = "ciuic.toml",
 ) -> Check:
     """Compare a planned step with what was accepted.
 
     Args:
         environment: ``"fail"`` or ``"warn"``: what a figure beyond its limit does where versions changed and
             the user's code did not.
+        settings_file: what the verdict calls the file that the entry is in.
     """
     before = accepted.record if accepted else None
     measures = measure(now, before, entry.limits)
-    place = {"settings_file": settings_file, "line": entry.line}
-    accept = f"ciuic accept {_quoted(entry.name)} -m 'why'"
+    accept = f"ciuic accept {shlex.quote(entry.name)} -m"
     too_much = _too_much(now, entry.limits)
     if before is None:
         status = Status.REGRESSION if too_much else Status.MISSING
         title = too_much or "no baseline: it was never accepted"
-        return Check(entry.name, status, title, measures, fix=f"to accept it as it is: {accept}", **place)  # type: ignore[arg-type]
-    if why := incompatible(before, now):
-        return Check(
-            entry.name, Status.INCOMPATIBLE, why, measures, fix=f"to begin anew with this one: {accept}", **place  # type: ignore[arg-type]
-        )  # fmt: skip
-    details = [*_settings_changed(before, now, settings_file, entry.line), *summary(before, now)]
-    over = [m for m in measures if m.exceeded]
-    versions = _versions_changed(before, now)
-    if not over and not too_much:
-        return _passed(entry, measures, details, versions, accept, place)
-    title = "; ".join(filter(None, [too_much, *(f"{m.name} {m.words}, limit {m.figure(m.limit or 0)}" for m in over)]))
-    culprits = _culprits(before, now, settings_file, entry.line)
-    status, fix = Status.REGRESSION, f"if this is meant: {accept}"
-    if too_much and not over:
-        fix = f"raise hard_limit of this entry in {settings_file}, or make the step smaller"
-    elif versions and not too_much:
-        if digest(before.files) == digest(now.files) and before.settings == now.settings:
-            status = Status.ENVIRONMENT if environment == "fail" else Status.PASS
-            details.insert(0, f"{versions}; no line of your code did")
-            fix = f"look at the change, then accept it for the new version: ciuic accept {_quoted(entry.name)} -m '{versions}'"
-            culprits = ()
+        found = Check(entry.name, status, title, measures, fix=f"to accept it as it is: {accept} 'why'")
+    elif why := incompatible(before, now):
+        fix = f"to begin anew with this one: {accept} 'why'"
+        found = Check(entry.name, Status.INCOMPATIBLE, why, measures, fix=fix)
+    else:
+        settings = _settings_changed(before, now)
+        place = f"{settings_file}:{entry.line}"
+        details = [f"settings of the entry changed ({place}): {settings}"] if settings else []
+        found = Check(entry.name, Status.PASS, "", measures, (*details, *summary(before, now)))
+        over = [f"{m.name} {m.words}, limit {m.figure(m.limit or 0)}" for m in measures if m.exceeded]
+        if over or too_much:
+            found = replace(found, title="; ".join(filter(None, [too_much, *over])))
+            found = _failed(found, before, now, accept, bool(over), environment)
+            if settings and found.status is Status.REGRESSION:
+                first = Culprit(settings_file, entry.line, "", 0, changed=True, why=(f"changed: {settings}",))
+                found = replace(found, culprits=(first, *found.culprits[:4]))
         else:
-            details.insert(0, f"{versions}, and your code as well: check with the old version to tell them apart")
-    return Check(entry.name, status, title, measures, tuple(details), culprits, fix, **place)  # type: ignore[arg-type]
+            found = _passed(found, before, now, accept, entry.limits)
+    return replace(found, settings_file=settings_file, line=entry.line)
 
 
-def measure(now: Record, before: Record | None, limits: Limits = Limits()) -> tuple[Measure, ...]:  # noqa: B008
+def _failed(found: Check, before: Record, now: Record, accept: str, grew: bool, environment: str) -> Check:
+    """A check over its limits: whether code or versions are to blame, which lines, and what to do."""
+    versions = _versions_changed(before, now)
+    if not grew:
+        fix = "raise hard_limit of this entry, or make the step smaller"
+        return replace(found, status=Status.REGRESSION, fix=fix)
+    if versions and digest(before.files) == digest(now.files) and before.settings == now.settings:
+        return replace(
+            found,
+            status=Status.ENVIRONMENT if environment == "fail" else Status.PASS,
+            details=(f"{versions}; no line of your code did", *found.details),
+            fix=f"look at the change, then accept it for the new version: {accept} '{versions}'",
+        )
+    if versions:
+        both = f"{versions}, and your code as well: check with the old version to tell them apart"
+        found = replace(found, details=(both, *found.details))
+    fix = f"if this is meant: {accept} 'why'"
+    return replace(found, status=Status.REGRESSION, culprits=find(before, now), fix=fix)
+
+
+def _passed(found: Check, before: Record, now: Record, accept: str, limits: Limits) -> Check:
+    gain = before.peak_bytes - now.peak_bytes
+    improved = gain > max(limits.max_increase.of(before.peak_bytes), limits.min_abs)
+    versions = _versions_changed(before, now)
+    return replace(
+        found,
+        status=Status.IMPROVED if improved else Status.PASS,
+        title=f"peak {found.measures[0].words}",
+        details=(*found.details, *([f"{versions}, and the figures hold"] if versions else [])),
+        fix=f"to hold the gain: {accept} 'why'" if improved else "",
+    )
+
+
+def measure(now: Record, before: Record | None, limits: Limits = _NONE) -> tuple[Measure, ...]:
     """The figures of a record beside those of a baseline, with what they may be."""
 
     def grow(name: str, old: int | None, new: int) -> Measure:
@@ -182,7 +225,9 @@ def measure(now: Record, before: Record | None, limits: Limits = Limits()) -> tu
         grow("peak", old.peak_bytes if old else None, now.peak_bytes),
         grow("parameters and inputs", old.input_bytes if old else None, now.input_bytes),
         Measure("saved", "bytes", old.saved_bytes if old else None, now.saved_bytes),
-        Measure("peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes),
+        Measure(
+            "peak by Inductor", "bytes", old.inductor_peak_bytes if old else None, now.inductor_peak_bytes
+        ),
         Measure("time", "us", old.time_us if old else None, now.time_us, time),
         Measure("gradient error", "fraction", old.error if old else None, now.error, limits.max_error),
         # what runs between compiled graphs is neither planned nor counted: more of it is never an improvement
@@ -195,7 +240,8 @@ def incompatible(before: Record, now: Record) -> str:
     if before.target != now.target:
         return f"the baseline is of another target: {before.target!r}, and this entry's is {now.target!r}"
     if before.settings.get("device") != now.settings.get("device"):
-        return f"the baseline is of another device: {before.settings.get('device')!r}, not {now.settings.get('device')!r}"
+        old, new = before.settings.get("device"), now.settings.get("device")
+        return f"the baseline is of another device: {old!r}, and this entry's is {new!r}"
     shapes = [{(f.dtype, f.shape) for f in r.parameters} for r in (before, now)]
     names = [{f.name for f in r.parameters} for r in (before, now)]
     codes = [{r.place.code for r in record.rows} for record in (before, now)]
@@ -212,43 +258,16 @@ def _too_much(now: Record, limits: Limits) -> str:
     return f"{parts} are {size(now.total_bytes)} together, over the hard limit of {size(limits.hard_limit)}"
 
 
-def _passed(
-    entry: Entry, measures: tuple[Measure, ...], details: list[str], versions: str, accept: str, place: dict[str, object]
-) -> Check:
-    peak = measures[0]
-    if versions:
-        details.append(f"{versions}, and the figures hold")
-    assert peak.before is not None
-    gain = peak.before - peak.now
-    improved = gain > max(entry.limits.max_increase.of(peak.before), entry.limits.min_abs)
-    status = Status.IMPROVED if improved else Status.PASS
-    fix = f"to hold the gain: {accept}" if improved else ""
-    return Check(entry.name, status, f"peak {peak.words}", measures, tuple(details), fix=fix, **place)  # type: ignore[arg-type]
-
-
 def _versions_changed(before: Record, now: Record) -> str:
     old, new = before.environment, now.environment
-    names = [n for n in (*old, *(n for n in new if n not in old)) if n != "python" and old.get(n) != new.get(n)]
+    names = [
+        n for n in (*old, *(n for n in new if n not in old)) if n != "python" and old.get(n) != new.get(n)
+    ]
     return ", ".join(f"{n} {old.get(n, 'none')} -> {new.get(n, 'none')}" for n in names)
 
 
-def _settings_changed(before: Record, now: Record, file: str, line: int) -> list[str]:
+def _settings_changed(before: Record, now: Record) -> str:
     old = {**before.settings, **before.settings.get("options", {})}
     new = {**now.settings, **now.settings.get("options", {})}
     names = sorted(({*old} | {*new}) - {"options", "device"})
-    words = [f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
-    return [f"settings of the entry changed ({file}:{line}): {', '.join(words)}"] if words else []
-
-
-def _culprits(before: Record, now: Record, file: str, line: int) -> tuple[Culprit, ...]:
-    found = find(before, now)
-    if settings := _settings_changed(before, now, file, line):
-        first = Culprit(file, line, "", max(now.peak_bytes - before.peak_bytes, 0), changed=True, why=(settings[0],))
-        return (first, *found[:4])
-    return found
-
-
-def _quoted(name: str) -> str:
-    import shlex
-
-    return shlex.quote(name)
+    return ", ".join(f"{n} {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n))

@@ -67,7 +67,8 @@ class _Growth:
     now: list[Row] = field(default_factory=list)
 
     def by(self, figure: str) -> int:
-        return sum(getattr(r, figure) for r in self.now) - sum(getattr(r, figure) for r in self.before)
+        now, before = (sum(int(getattr(r, figure)) for r in rows) for rows in (self.now, self.before))
+        return now - before
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +156,9 @@ def _by_name(fixed: Iterable[Fixed]) -> dict[str, list[Fixed]]:
 def summary(before: Record, now: Record) -> list[str]:
     """What is true of the whole step, in sentences: inputs, factors, graphs, outputs, parameters."""
     said = []
-    if [(f.name, f.dtype, f.shape) for f in before.inputs] != [(f.name, f.dtype, f.shape) for f in now.inputs]:
+    if [(f.name, f.dtype, f.shape) for f in before.inputs] != [
+        (f.name, f.dtype, f.shape) for f in now.inputs
+    ]:
         said.append(f"the inputs changed: {_fixed_words(before.inputs)} -> {_fixed_words(now.inputs)}")
     factor = common_factor(before, now)
     if factor is not None:
@@ -168,10 +171,14 @@ def summary(before: Record, now: Record) -> list[str]:
         said.append(f"{now.graphs} compiled graphs, {before.graphs} before: {breaks}")
     returned = sum(r.returned for r in now.rows) - sum(r.returned for r in before.rows)
     if returned >= _TOLD:
-        said.append(f"{size(returned)} more are returned by the model, and stay alive until the backward is over")
+        said.append(
+            f"{size(returned)} more are returned by the model, and stay alive until the backward is over"
+        )
     for f, difference in fixed_growth(before, now)[:3]:
         if difference > 0 and f in now.parameters:
-            said.append(f"parameter {f.name} {_shape(f)}: {size(difference)} more, and as much for its gradient")
+            said.append(
+                f"parameter {f.name} {_shape(f)}: {size(difference)} more, and as much for its gradient"
+            )
     return said
 
 
@@ -205,7 +212,11 @@ def _by_line(before: Record, now: Record, edits: Mapping[str, Changes]) -> dict[
     for row in before.rows:
         p = row.place
         moved = edits[p.file].moved.get(p.line) if p.file in edits and edits[p.file].moved else None
-        at = (p.file, moved) if moved is not None else texts.get((p.file, p.code)) or texts.get(("", p.code)) or (p.file, -p.line)
+        at = (
+            (p.file, moved)
+            if moved is not None
+            else texts.get((p.file, p.code)) or texts.get(("", p.code)) or (p.file, -p.line)
+        )
         lines[at].before.append(row)
     return lines
 

@@ -77,7 +77,9 @@ def _read(name: str) -> dict[str, Record] | None:
         plan = from_json(text)
     except PlanFileError as error:
         raise PlanFileError(f"{name}: {error}") from error
-    return {path.stem: record([plan], Entry(path.stem, plan.name, {"mode": plan.mode}, plan.device), files=False)}
+    return {
+        path.stem: record([plan], Entry(path.stem, plan.name, {"mode": plan.mode}, plan.device), files=False)
+    }
 
 
 def _schema(text: str) -> str:

@@ -171,7 +171,10 @@ def settings_of(entry: Entry) -> dict[str, Any]:
 
 def environment(model: nn.Module | None = None) -> dict[str, str]:
     """Versions that a plan may depend on: torch's, ours, and of the packages that define the model."""
-    found = {"torch": torch.__version__.partition("+")[0], "python": ".".join(platform.python_version_tuple()[:2])}
+    found = {
+        "torch": torch.__version__.partition("+")[0],
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
     packages = {"ciuic-compile"}
     roots = {type(m).__module__.partition(".")[0] for m in model.modules()} if model is not None else set()
     owners = metadata.packages_distributions() if roots - {"torch", "__main__"} else {}
@@ -209,10 +212,11 @@ def _rows(plans: Sequence[Plan]) -> tuple[tuple[Row, ...], tuple[int, int]]:
                 nbytes=row.nbytes + d.storage.nbytes,
                 saved=row.saved + d.saved_bytes,
                 inductor_saved=row.inductor_saved + d.baseline_bytes,
-                peak=row.peak + (d.saved_bytes if i < ours_at or not _timeline(plan) else 0),
-                inductor_peak=row.inductor_peak + (d.baseline_bytes if i < inductor_at or not _timeline(plan) else 0),
+                # of the graph at the peak, the timeline knows better; without one, saved tensors stand for it
+                peak=row.peak + d.saved_bytes * (i < ours_at or not _timeline(plan)),
+                inductor_peak=row.inductor_peak + d.baseline_bytes * (i < inductor_at or not _timeline(plan)),
                 shapes=_shapes((*row.shapes, d.storage.shape)),
-            )  # fmt: skip
+            )
         if i == ours_at:
             _add_alive(table, plan, "planned")
         if i == inductor_at:
@@ -260,7 +264,9 @@ def _relative(file: str) -> str:
 
 def _place(d: Decision) -> Place:
     s = d.storage
-    return Place(star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line)
+    return Place(
+        star(s.source.module), op_label(s.op), s.dtype, s.source.code, _relative(s.source.file), s.source.line
+    )
 
 
 def _codec(d: Decision) -> str:

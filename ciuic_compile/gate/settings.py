@@ -146,7 +146,7 @@ def load(path: Path) -> Settings:
     return _Reader(path, text).settings(document)
 
 
-_SHAPE: Final = {"batch": int, "seq": int, "dtype": str, "checkpointing": bool}
+_SHAPE: Final[dict[str, type]] = {"batch": int, "seq": int, "dtype": str, "checkpointing": bool}
 _DTYPES: Final = ("float32", "bfloat16", "float16")
 _DEFAULTS: Final = {"mode", "budget", "device", "autocast", "dynamic", "options"}
 _LIMITS: Final = {f.name for f in fields(Limits)}
@@ -168,7 +168,9 @@ class _Reader:
         if not isinstance(given, dict):
             raise self._wrong("ciuic", None, "is no table", "[ciuic], then its keys below")
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
-            raise self._wrong("entry", None, "is no array of tables", "[[entry]] with two brackets, for each step")
+            raise self._wrong(
+                "entry", None, "is no array of tables", "[[entry]] with two brackets, for each step"
+            )
         self._keys(given, _CIUIC, "ciuic", "in [ciuic]")
         environment = given.get("environment", "fail")
         if environment not in ENVIRONMENT:
@@ -182,7 +184,9 @@ class _Reader:
         names = [entry.name for entry in entries]
         for i, name in enumerate(names):
             if name in names[:i]:
-                raise self._wrong("name", i, f"{name!r} is taken by another entry", "a name of its own for each")
+                raise self._wrong(
+                    "name", i, f"{name!r} is taken by another entry", "a name of its own for each"
+                )
         if not entries:
             raise SettingsError(f"{self.path} has no [[entry]]\n  valid: at least one, with name and target")
         return Settings(self.path, tuple(entries), self.path.parent / baseline, environment)
@@ -208,12 +212,16 @@ class _Reader:
             if key in merged and not isinstance(merged[key], str):
                 raise self._wrong(key, where[key], f"is {merged[key]!r}", "a string")
         if merged.get("autocast") not in (None, *AUTOCAST):
-            raise self._wrong("autocast", where["autocast"], f"is {merged['autocast']!r}", "'bfloat16' or 'float16'")
+            raise self._wrong(
+                "autocast", where["autocast"], f"is {merged['autocast']!r}", "'bfloat16' or 'float16'"
+            )
         if not isinstance(merged.get("dynamic", False), bool):
             raise self._wrong("dynamic", where["dynamic"], f"is {merged['dynamic']!r}", "true or false")
         shape = {key: table[key] for key in _SHAPE if key in table}
         for key, value in shape.items():
-            if type(value) is not _SHAPE[key] or (_SHAPE[key] is int and value < 1):
+            if type(value) is not _SHAPE[key] or (
+                isinstance(value, int) and value < 1 and value is not False
+            ):
                 valid = {int: "a whole number above 0", str: "a string", bool: "true or false"}[_SHAPE[key]]
                 raise self._wrong(key, i, f"is {value!r}", valid)
         if shape.get("dtype", _DTYPES[0]) not in _DTYPES:
@@ -221,9 +229,15 @@ class _Reader:
             raise self._wrong("dtype", i, f"is {shape['dtype']!r}{near}", ", ".join(map(repr, _DTYPES)))
         for key in ("report", "device"):
             if key in options:
-                fix = "write device = '...' beside options" if key == "device" else "leave it out: --format says it"
+                fix = (
+                    "write device = '...' beside options"
+                    if key == "device"
+                    else "leave it out: --format says it"
+                )
                 raise self._wrong("options", where["options"], f"has {key!r}", fix)
-        self._check_options({**options, **({"device": merged["device"]} if "device" in merged else {})}, i)
+        self._check_options(
+            {**options, **({"device": merged["device"]} if "device" in merged else {})}, where
+        )
         return Entry(
             name=table["name"],
             target=table["target"],
@@ -236,13 +250,13 @@ class _Reader:
             line=self._line("name", i),
         )
 
-    def _check_options(self, options: Mapping[str, Any], i: int) -> None:
+    def _check_options(self, options: Mapping[str, Any], where: Mapping[str, str | int]) -> None:
         try:
             parse_options(options)
         except OptionError as error:
-            key = next((k for k in options if f"option {k!r}" in str(error)), "options")
-            at = self._line(key, i) or self._line(key, "ciuic") or self._line("name", i)
-            raise SettingsError(f"{self.path}:{at}: {error}") from error
+            named = (key for key in ("mode", "budget", "device") if f"option {key!r}" in str(error))
+            key = next(named, "options")
+            raise SettingsError(f"{self.path}:{self._line(key, where[key])}: {error}") from error
 
     def _limits(self, table: Mapping[str, Any], limits: Limits, at: str | int) -> Limits:
         values: dict[str, Any] = {}
@@ -271,7 +285,9 @@ class _Reader:
             else:
                 amount = float(self._size(key, part, at, "such as '2%' or '64 MiB', or a list of both"))
         if not parts or len(parts) > 2 or (len(parts) == 2 and (share is None or amount is None)):
-            raise self._wrong(key, at, f"is {value!r}", "one share in percent, one amount, or a list of the two")
+            raise self._wrong(
+                key, at, f"is {value!r}", "one share in percent, one amount, or a list of the two"
+            )
         return Allowance(share, amount)
 
     def _size(self, key: str, value: Any, at: str | int, valid: str = "bytes, or e.g. '12 GiB'") -> int:
@@ -296,7 +312,8 @@ class _Reader:
 
     def _line(self, key: str, at: str | int | None) -> int:
         """The line of a key in a table ("ciuic", or the entry of that number), or the table's own."""
-        header = {"ciuic": r"\[\s*ciuic\s*\]", None: None}.get(at, r"\[\[\s*entry\s*\]\]")  # type: ignore[call-overload]
+        entry = r"\[\[\s*entry\s*\]\]"
+        header = None if at is None else r"\[\s*ciuic\s*\]" if at == "ciuic" else entry
         lines, start, seen = self.text.splitlines(), 0, -1
         if header is not None:
             for number, line in enumerate(lines, 1):

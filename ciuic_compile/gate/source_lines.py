@@ -179,7 +179,7 @@ def user_files(model: object, target: str, traced: Iterable[str], root: Path) ->
 
     Args:
         model: an ``nn.Module``, whose classes' files count; anything else has none.
-        target: ``path.py:function`` or ``package.module:function``; a Hugging Face folder's config.json counts.
+        target: of an entry; a Hugging Face folder's config.json is a source, too.
         traced: files that plans name, relative to ``root`` or absolute.
         root: what names are relative to.
     """
@@ -189,10 +189,8 @@ def user_files(model: object, target: str, traced: Iterable[str], root: Path) ->
     module = sys.modules.get(name)
     paths += [Path(module.__file__)] if isinstance(module, ModuleType) and module.__file__ else []
     for part in {type(m) for m in getattr(model, "modules", list)()}:
-        try:
-            paths.append(Path(inspect.getfile(part)))
-        except (TypeError, OSError):  # made in an interactive session
-            continue
+        code = getattr(inspect.unwrap(part.forward), "__code__", None)
+        paths += [Path(code.co_filename)] if code is not None else []
     found: dict[str, Text] = {}
     for path in dict.fromkeys(p.absolute() for p in paths):
         slashed = path.as_posix()
@@ -200,7 +198,7 @@ def user_files(model: object, target: str, traced: Iterable[str], root: Path) ->
             continue
         label = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         try:
-            found[label] = parse(path.read_text(encoding="utf-8"))
+            found.setdefault(label, parse(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError):
             continue
     return dict(sorted(found.items()))

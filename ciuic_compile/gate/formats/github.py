@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ciuic_compile.gate.compare import Check, Status
 from ciuic_compile.gate.formats import Outcome
-from ciuic_compile.gate.formats.text import culprit_line, render as render_text
+from ciuic_compile.gate.formats.text import culprit_line
+from ciuic_compile.gate.formats.text import render as render_text
 
 
 def render(outcome: Outcome) -> str:
@@ -20,9 +21,16 @@ def _command(check: Check) -> str:
     level = "error" if check.failed else "notice" if check.status is Status.IMPROVED else "warning"
     named = [c for c in check.culprits if c.file]
     file, line = (named[0].file, named[0].line) if named else (check.settings_file, max(check.line, 1))
-    told = [f"{check.name}: {check.title}", *check.details, *map(culprit_line, named), *filter(None, [check.fix])]
+    told = [
+        f"{check.name}: {check.title}",
+        *check.details,
+        *map(culprit_line, named),
+        *filter(None, [check.fix]),
+    ]
     title = f"ciuic: {check.name}"
-    return f"::{level} file={_property(file)},line={line},title={_property(title)}::{_data(chr(10).join(told))}"
+    return (
+        f"::{level} file={_property(file)},line={line},title={_property(title)}::{_data(chr(10).join(told))}"
+    )
 
 
 def _data(text: str) -> str:

@@ -21,7 +21,9 @@ def render(outcome: Outcome) -> str:
     root = ET.Element("testsuites", {"name": "ciuic", **counts})
     suite = ET.SubElement(root, "testsuite", {"name": f"ciuic {outcome.command}", **counts})
     for check in outcome.checks:
-        case = ET.SubElement(suite, "testcase", {"name": _clean(check.name), "classname": f"ciuic.{outcome.command}"})
+        case = ET.SubElement(
+            suite, "testcase", {"name": _clean(check.name), "classname": f"ciuic.{outcome.command}"}
+        )
         text = _clean("\n".join(_lines(check)))
         if check.failed:
             kind = "error" if check.status in _ERRORS else "failure"

@@ -10,7 +10,12 @@ from ciuic_compile.report._format import size
 
 def render(outcome: Outcome) -> str:
     """A table of all entries, and a section for each that failed or has something to say."""
-    lines = [f"### ciuic {outcome.command}: {outcome.verdict}", "", "| entry | | before | now |", "|---|---|---|---|"]
+    lines = [
+        f"### ciuic {outcome.command}: {outcome.verdict}",
+        "",
+        "| entry | | before | now |",
+        "|---|---|---|---|",
+    ]
     for check in outcome.checks:
         peak = check.measures[0] if check.measures else None
         before = peak.figure(peak.before) if peak and peak.before is not None else ""

@@ -14,7 +14,10 @@ from ciuic_compile.gate.formats import Outcome
 
 _SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES: Final = {
-    Status.REGRESSION: ("peak-vram-regression", "The planned memory of a training step grew beyond its limit."),
+    Status.REGRESSION: (
+        "peak-vram-regression",
+        "The planned memory of a training step grew beyond its limit.",
+    ),
     Status.ENVIRONMENT: ("environment-changed", "Another version of a package changed the planned memory."),
     Status.MISSING: ("baseline-missing", "A training step has no accepted baseline."),
     Status.INCOMPATIBLE: ("baseline-incompatible", "The baseline is of another model or device."),
@@ -35,7 +38,9 @@ def render(outcome: Outcome) -> str:
         "version": "2.1.0",
         "runs": [
             {
-                "tool": {"driver": {"name": "ciuic", "version": metadata.version("ciuic-compile"), "rules": rules}},
+                "tool": {
+                    "driver": {"name": "ciuic", "version": metadata.version("ciuic-compile"), "rules": rules}
+                },
                 "invocations": [{"executionSuccessful": True, "exitCode": outcome.exit_code}],
                 "results": [_result(check) for check in failed],
             }

@@ -32,7 +32,9 @@ def _check(check: Check, command: str) -> list[str]:
     head = f"{ascii_line(check.name)}: {ascii_line(check.title)}"
     lines = [head if command == "diff" else f"{label(check).upper():<13} {head}"]
     if check.failed or command == "diff":
-        lines += [f"    {m.name}: {m.words}" for m in check.measures if m.before is not None and m.before != m.now]
+        lines += [
+            f"    {m.name}: {m.words}" for m in check.measures if m.before is not None and m.before != m.now
+        ]
     lines += [f"  {ascii_line(detail)}" for detail in check.details]
     if check.culprits:
         lines.append("  likely culprit:")

@@ -62,6 +62,12 @@ def _number(value: float | None, unit: str) -> float | int | None:
 
 def _culprit(c: Culprit) -> dict[str, Any]:
     return {
-        "file": c.file, "line": c.line, "code": c.code, "module": c.module, "bytes": c.nbytes, "tensors": c.count,
-        "changed": c.changed, "why": list(c.why),
-    }  # fmt: skip
+        "file": c.file,
+        "line": c.line,
+        "code": c.code,
+        "module": c.module,
+        "bytes": c.nbytes,
+        "tensors": c.count,
+        "changed": c.changed,
+        "why": list(c.why),
+    }
