@@ -98,7 +98,7 @@ def test_hugging_face_models_plan_as_one_graph(kind: str, tmp_path: Path) -> Non
     made = targets.load(config(tmp_path, kind), Shape(batch=2, seq=64))
     assert all(p.is_meta for p in made.model.parameters()) and made.model.training
     (planned,) = plan(made.model, made.inputs, made.loss_fn, options={"min_bytes": 0}, device="h200")
-    assert planned.planned_saved_bytes * 3 <= planned.baseline_saved_bytes
+    assert planned.planned_saved_bytes * 2 <= planned.baseline_saved_bytes
     assert planned.input_bytes > sum(p.nbytes for p in made.model.parameters())
 
 
