@@ -6,7 +6,7 @@ The walk is that of ``simulate.py``, with names; ``tests/test_timeline.py`` hold
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -62,12 +62,12 @@ def live_ranges(
     last_use = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, end)
     ranges: list[LiveRange] = []
     dying: dict[int, list[tuple[Size, LiveRange]]] = {}
-    hints: dict[Size, int] = {}
+    hints: dict[Size, int] = {}  # bytes of dynamic sizes
     target = _Target(channels_last, kind)
 
     def live(node: fx.Node, size: Size, first: int, last: int) -> None:
         here = last if first <= last < end else end - 1
-        ranges.append(LiveRange(node, int(hints.get(size, size)), first, here))
+        ranges.append(LiveRange(node, _at_hints(size, hints), first, here))
         dying.setdefault(last, []).append((size, ranges[-1]))
 
     for node in live_inputs:
@@ -84,7 +84,7 @@ def live_ranges(
                     spare[size].pop().last = now - 1
                 live(result, size, now, last_use.get(result, now))
         inside = _temporaries(kernel[0], target, hints)
-        ranges.append(LiveRange(kernel[0], int(hints.get(inside, inside)), now, now, inside=True))
+        ranges.append(LiveRange(kernel[0], _at_hints(inside, hints), now, now, inside=True))
     return [r for r in ranges if r.nbytes], kernels
 
 
@@ -251,6 +251,10 @@ def _joined(pieces: list[_Piece]) -> list[_Piece]:
             whole[piece.node] = len(joined)
         joined.append(piece)
     return joined
+
+
+def _at_hints(size: Size, hints: Mapping[Size, int]) -> int:
+    return int(size) if isinstance(size, int) else hints[size]
 
 
 def _bytes(node: fx.Node) -> int:

@@ -147,7 +147,7 @@ class Block:
     """One storage of a step, and how long it lives.
 
     Attributes:
-        id: unique in its track: ``Storage.id`` of what could be saved, ``.../payload`` of a codec's part of it.
+        id: unique in its track: ``Storage.id`` of what could be saved, ``.../payload`` of a codec's part.
         role: what it is to the step.
         kind: class of a forward value; None of anything else.
         module: module path, e.g. ``"blocks.3.mlp"``.
