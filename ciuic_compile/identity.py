@@ -41,7 +41,7 @@ def _title(node: fx.Node, backward: bool) -> str:
         sizes = [] if value is None else [str(compat.hint(size)) for size in value.shape]
         kind = "number" if value is None else f"{str(value.dtype).removeprefix('torch.')}[{','.join(sizes)}]"
         return f"{'tangent' if backward else 'input'}/{kind}"
-    return "/".join((source_of(node).module, *(("backward",) if backward else ()), _op(node.target)))
+    return "/".join(filter(None, (source_of(node).module, "backward" * backward, _op(node.target))))
 
 
 def _op(target: object) -> str:

@@ -69,8 +69,8 @@ def _check_timeline(timeline: Timeline) -> None:
             known = block.line is None or 0 <= block.line < len(timeline.lines)
             if not (known and 0 <= block.first <= block.last < steps):
                 raise PlanFileError(
-                    f"plan file: plan.timeline.{name}.blocks[{i}] is alive at a step, or points at a line, that "
-                    f"there is not ({steps} steps, {len(timeline.lines)} lines); write the plan again"
+                    f"plan file: plan.timeline.{name}.blocks[{i}] is alive at a step, or points at a line, "
+                    f"that there is not ({steps} steps, {len(timeline.lines)} lines); write the plan again"
                 )
 
 

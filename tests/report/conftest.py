@@ -248,3 +248,22 @@ def many() -> Plan:
         "graph 0", "4:1", tuple(decisions), saved, saved // 4, before, after, 0.01, 0.04, 100.0,
         device="h200", simulated_peak_bytes=after, timeline=timeline,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small(many: Plan) -> Plan:
+    """The same with 300 blocks a track."""
+    assert many.timeline is not None
+    before, after = (
+        replace(t, blocks=t.blocks[:: len(t.blocks) // 300])
+        for t in (many.timeline.baseline, many.timeline.planned)
+    )
+    timeline = replace(many.timeline, baseline=before, planned=after)
+    return replace(
+        many,
+        decisions=many.decisions[:300],
+        timeline=timeline,
+        baseline_peak_bytes=before.peak_bytes,
+        planned_peak_bytes=after.peak_bytes,
+        simulated_peak_bytes=after.peak_bytes,
+    )

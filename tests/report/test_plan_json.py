@@ -71,14 +71,14 @@ def test_the_schema_rejects_what_the_reader_rejects(plan: Plan, path: tuple[Any,
         from_json(json.dumps(document))
 
 
-@pytest.mark.parametrize(("field", "value"), [("first", -1), ("last", 3000), ("first", 2999), ("line", 100)])
+@pytest.mark.parametrize(("field", "value"), [("first", -1), ("last", 3000), ("last", -1), ("line", 100)])
 def test_blocks_outside_of_the_timeline(many: Plan, field: str, value: int) -> None:
     assert many.timeline is not None
     track = many.timeline.planned
     block = replace(track.blocks[1], **{field: value})  # type: ignore[arg-type]
     track = replace(track, blocks=(track.blocks[0], block))
     bad = replace(many, decisions=(), timeline=replace(many.timeline, planned=track))
-    with pytest.raises(PlanFileError, match=r"timeline\.planned\.blocks\[1\].* 3000 steps, 100 lines"):
+    with pytest.raises(PlanFileError, match=r"timeline\.planned\.blocks\[1\].*3000 steps, 100 lines"):
         from_json(to_json(bad))
 
 
