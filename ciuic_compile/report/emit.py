@@ -16,7 +16,7 @@ from ciuic_compile.report import exports
 from ciuic_compile.report._format import ascii_line, crop, size
 from ciuic_compile.report.html import render_html
 from ciuic_compile.report.plan_json import to_json
-from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text
+from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text, styled
 from ciuic_compile.types import Plan
 
 LOGGER: Final = logging.getLogger("ciuic_compile")
@@ -25,7 +25,7 @@ _written: dict[str, int] = {}  # path asked for -> plans written for it by this 
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes bare messages to whatever ``sys.stderr`` is at that moment."""
+    """Writes bare messages to whatever ``sys.stderr`` is at that moment; a terminal gets colours."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -33,6 +33,18 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]  # StreamHandler stores it; we look it up
         return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self.stream.isatty():
+                super().emit(record)
+                return
+            from rich.console import Console
+
+            console = Console(file=self.stream, highlight=False, soft_wrap=True)
+            console.print(styled(self.format(record)))
+        except Exception:
+            self.handleError(record)
 
 
 _handler = _StderrHandler()

@@ -213,7 +213,7 @@ def to_markdown(plan: Plan) -> str:
     parts = [
         f"### ciuic plan: {_words(title)}",
         _table(("", "Inductor", "planned", "change"), memory, "lrrl"),
-        f"Cost: {cost}, any one parameter at most {percent(plan.gradient_error_bound)}.",
+        f"Cost: {cost}, any parameter's at most {percent(plan.gradient_error_bound)}.",
         _table(("action", "tensors", "full size", "Inductor saves", "plan saves"), actions, "lrrrr"),
     ]
     if plan.timeline is not None:

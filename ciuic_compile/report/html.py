@@ -17,13 +17,7 @@ _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 def render_html(plan: Plan) -> str:
     """Return the plan as a complete HTML document; everything that came from the user is escaped."""
-    from markupsafe import Markup
-
-    assets = {
-        "css": Markup(_read("plan.css")),
-        "script": Markup(_read("plan.js")),
-        "data": Markup(_embedded(page_data(plan))),
-    }
+    assets = {"css": _read("plan.css"), "script": _read("plan.js"), "data": _embedded(page_data(plan))}
     return str(_template().render(p=plan, s=summarize(plan), **assets)) + "\n"
 
 
