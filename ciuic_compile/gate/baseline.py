@@ -218,7 +218,8 @@ def _acceptance(a: Acceptance) -> dict[str, Any]:
 
 
 def _hashes(text: Text) -> str:
-    every = dict(zip(text.numbers, text.hashes, strict=True))
+    pairs = map("".join, zip(text.hashes, text.shapes, strict=True))
+    every = dict(zip(text.numbers, pairs, strict=True))
     return " ".join(every.get(i, _BLANK) for i in range(1, max(every, default=0) + 1))
 
 
@@ -284,4 +285,6 @@ def _read_row(r: Any) -> Row:
 
 def _read_hashes(text: Any) -> Text:
     found = [(i, h) for i, h in enumerate(_is(text, str).split(), 1) if h != _BLANK]
-    return Text(tuple(h for _, h in found), tuple(i for i, _ in found), ())
+    return Text(
+        tuple(h[:6] for _, h in found), tuple(i for i, _ in found), (), (), tuple(h[6:] for _, h in found)
+    )

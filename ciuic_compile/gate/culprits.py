@@ -14,6 +14,7 @@ explains anything.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ciuic_compile.report._format import size
 
 _RELEVANT = 0.05  # of all growth: less in a class or function is a consequence, no cause
 _TOLD = 1024  # bytes; a scalar more is not worth a sentence
+_SIZE = re.compile(r"(?<![\w.])\d")
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -87,15 +89,22 @@ def find(before: Record, now: Record, limit: int = 5) -> tuple[Culprit, ...]:
     for at, g in direct.items():
         if not _is_changed(at, edits):
             scopes[at[0], _scope(now.files, at)] += g
+    traced = {(at[0], _scope(now.files, at)) for at in lines}
+    touched = {(file, _scope(now.files, (file, n))) for file, edit in edits.items() for n in edit.changed}
+    elsewhere = sum(g for scope, g in scopes.items() if scope not in touched)
     scored: list[tuple[tuple[int, float, int, int], _Line]] = []
     for file, edit in edits.items():
         for number in edit.changed:
             at = (file, number)
-            scope = _scope(now.files, at)
-            around = scopes[file, scope] if scope != (0, 0) else 0
-            relevant = direct.get(at, 0) + around >= _RELEVANT * max(total, 1)
+            scope = (file, _scope(now.files, at))
+            explained = direct.get(at, 0) + (scopes[scope] if scope[1] != (0, 0) else 0)
+            # a size, or what runs before the step, shows in classes where no line changed
+            if at not in lines and (scope not in traced or _SIZE.search(now.files[file].code(number))):
+                explained += elsewhere
+            relevant = explained >= _RELEVANT * max(total, 1)
             innocent = at in lines and not direct.get(at)  # it makes what it made before
-            scored.append(((0 if relevant else 1, -(direct.get(at, 0) + around), innocent, number), at))
+            unlikely = (scope not in traced) + 2 * innocent + 4 * (number in edit.removed)
+            scored.append(((0 if relevant else 1, -explained, unlikely, number), at))
     order, any_changed = _forward_order(lines), bool(scored)
     for at, g in direct.items():
         if not _is_changed(at, edits):
@@ -120,7 +129,7 @@ def edited(before: Record, now: Record) -> dict[str, Changes]:
         if old is None:
             result[name] = Changes(frozenset(text.numbers)) if before.files else Changes()
         else:
-            result[name] = changes(old.hashes, old.numbers, text)
+            result[name] = changes(old, text)
     return result
 
 

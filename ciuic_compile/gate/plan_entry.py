@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
+import sys
 from pathlib import Path
 
 from ciuic_compile import hugging_face, planning, targets
@@ -18,14 +20,15 @@ def plan_entry(entry: Entry) -> Record:
         InfeasibleBudgetError: no plan fits its budget.
     """
     linecache.checkcache()  # a file that changed since this process last planned it has other lines now
-    target = targets.load(entry.target, hugging_face.Shape(**entry.shape) if entry.shape else None)
-    plans = planning.plan(
-        target.model,
-        target.inputs,
-        target.loss_fn,
-        options=entry.options,
-        device=entry.device,
-        autocast=entry.autocast,
-        dynamic=True if entry.dynamic else None,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no part of a JSON verdict
+        target = targets.load(entry.target, hugging_face.Shape(**entry.shape) if entry.shape else None)
+        plans = planning.plan(
+            target.model,
+            target.inputs,
+            target.loss_fn,
+            options=entry.options,
+            device=entry.device,
+            autocast=entry.autocast,
+            dynamic=True if entry.dynamic else None,
+        )
     return record(plans, entry, target.model, target.inputs, Path.cwd())

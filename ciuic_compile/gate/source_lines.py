@@ -1,19 +1,21 @@
 """Which lines of the user's program changed since the baseline was accepted, without asking git.
 
-A baseline keeps a short hash of every line of the files that define a model. Comments, blank lines and
-indentation do not count. A CI job's checkout is often shallow, and a baseline may be older than a branch:
+A baseline keeps two short hashes of every line of the files that define a model: of the line, and of the
+line without the names in it. Comments, docstrings, blank lines and indentation do not count. A CI job's checkout is often shallow, and a baseline may be older than a branch:
 hashes need neither history nor the old text.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import hashlib
 import inspect
 import io
+import keyword
 import sys
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -29,12 +31,23 @@ _INSTALLED = ("/site-packages/", "/dist-packages/", f"/lib/python{sys.version_in
 
 @dataclass(frozen=True)
 class Text:
-    """One source file: hashes of its lines that have code, and where these lines are."""
+    """One source file: hashes of its lines that have code, and where these lines are.
+
+    Attributes:
+        hashes: of each line.
+        numbers: of these lines.
+        lines: of the whole file; none where only hashes are known.
+        scopes: first and last line of every class and function at the top level.
+        shapes: hashes of the lines with every name that the user may choose as the same word.
+        inert: lines that make no tensor and say no size: class and function headers without numbers, imports, pass.
+    """
 
     hashes: tuple[str, ...]
     numbers: tuple[int, ...]
-    lines: tuple[str, ...]  # of the whole file
-    scopes: tuple[tuple[int, int], ...] = ()  # first and last line of every class and function, outer first
+    lines: tuple[str, ...]
+    scopes: tuple[tuple[int, int], ...] = ()
+    shapes: tuple[str, ...] = ()
+    inert: frozenset[int] = frozenset()
 
     def scope(self, line: int) -> tuple[int, int]:
         """The outermost class or function around a line; (0, 0) at module level."""
@@ -64,17 +77,59 @@ def parse(text: str) -> Text:
     """Hash a file's lines; a file that is no Python is hashed line by line as it is."""
     lines = tuple(text.splitlines())
     tokens: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     try:
+        tree = ast.parse(text)
+        words = _docstrings(tree)
+        before = ["", ""]
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type not in _SKIPPED:
+            if token.type not in _SKIPPED and token.start[0] not in words:
                 tokens.setdefault(token.start[0], []).append(token.string)
-        scopes = _scopes(ast.parse(text))
+                names.setdefault(token.start[0], []).append(_shape(token, before))
+                before = [before[1], token.string]
+        scopes, inert = _scopes(tree), _inert(tree)
     except (tokenize.TokenError, SyntaxError, ValueError):
-        tokens = {i: [line.strip()] for i, line in enumerate(lines, 1) if line.strip()}
-        scopes = ()
+        tokens = names = {i: [line.strip()] for i, line in enumerate(lines, 1) if line.strip()}
+        scopes, inert = (), frozenset()
     numbers = tuple(sorted(tokens))
-    hashes = tuple(hashlib.sha256(" ".join(tokens[n]).encode()).hexdigest()[:6] for n in numbers)
-    return Text(hashes, numbers, lines, scopes)
+    hashes = tuple(_hash(tokens[n], 6) for n in numbers)
+    return Text(hashes, numbers, lines, scopes, tuple(_hash(names[n], 4) for n in numbers), inert)
+
+
+def _hash(words: Iterable[str], digits: int) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:digits]
+
+
+def _shape(token: tokenize.TokenInfo, before: Sequence[str]) -> str:
+    """A token, or "name" for a name that the user may choose: not torch's, Python's or a keyword."""
+    known = keyword.iskeyword(token.string) or hasattr(builtins, token.string) or token.string == "self"
+    attribute = before[1] == "." and before[0] != "self"
+    return token.string if token.type != tokenize.NAME or known or attribute else "name"
+
+
+def _docstrings(tree: ast.Module) -> set[int]:
+    """Lines of strings that are statements."""
+    found = (n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+    return {
+        i
+        for n in found
+        if isinstance(n.value.value, str)
+        for i in range(n.lineno, (n.end_lineno or n.lineno) + 1)
+    }  # type: ignore[attr-defined]
+
+
+def _inert(tree: ast.Module) -> frozenset[int]:
+    """Lines that cannot make a step grow by themselves."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Raise)):
+            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.ClassDef) and not node.keywords:
+            lines.update(range(node.lineno, node.body[0].lineno))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            if not any(default for default in (*node.args.defaults, *node.args.kw_defaults)):
+                lines.update(range(node.lineno, node.body[0].lineno))
+    return frozenset(lines)
 
 
 def _scopes(tree: ast.Module) -> tuple[tuple[int, int], ...]:
@@ -86,24 +141,44 @@ def _scopes(tree: ast.Module) -> tuple[tuple[int, int], ...]:
     )
 
 
-def changes(old: tuple[str, ...], old_numbers: tuple[int, ...], new: Text) -> Changes:
-    """Compare a file with the hashes that a baseline has of it."""
-    changed: set[int] = set()
-    removed: set[int] = set()
+def changes(old: Text, new: Text) -> Changes:
+    """Compare a file with the hashes that a baseline has of it.
+
+    A line in which nothing but names is different counts as the same: as a rule something was renamed.
+    """
     moved: dict[int, int] = {}
-    for tag, i, j, k, m in SequenceMatcher(None, old, new.hashes, autojunk=False).get_opcodes():
-        here = new.numbers[k:m]
-        if tag == "equal":
-            moved.update(zip(old_numbers[i:j], here, strict=True))
-        elif tag == "delete":
-            behind = new.numbers[min(k, len(new.numbers) - 1)] if new.numbers else 1
-            changed.add(behind)
-            removed.add(behind)
-        else:
-            changed.update(here)
-            for offset, number in enumerate(old_numbers[i:j]):
-                moved[number] = here[min(offset, len(here) - 1)]
-    return Changes(frozenset(changed), frozenset(removed), moved)
+    gone: dict[int, int] = {}  # index of a line that is not at its place any more -> index of what is there
+    come: list[int] = []
+    for tag, i, j, k, m in _opcodes(old.hashes, new.hashes):
+        for what, a, b, c, d in (
+            [("equal", 0, j - i, 0, m - k)] if tag == "equal" else _opcodes(old.shapes[i:j], new.shapes[k:m])
+        ):
+            if what == "equal":
+                moved.update(zip(old.numbers[i + a : i + b], new.numbers[k + c : k + d], strict=True))
+            else:
+                gone |= {i + n: min(k + c + n - a, k + d) for n in range(a, b)}
+                come += range(k + c, k + d)
+    for kind in ("hashes", "shapes"):  # what was moved elsewhere, first as it was, then with other names
+        there: dict[str, list[int]] = {}
+        for n in gone:
+            there.setdefault(getattr(old, kind)[n], []).append(n)
+        for n in tuple(come):
+            if found := there.get(getattr(new, kind)[n]):
+                moved[old.numbers[found[0]]] = new.numbers[n]
+                del gone[found.pop(0)]
+                come.remove(n)
+    changed = {new.numbers[n] for n in come} - new.inert
+    removed = set()
+    for n, at in gone.items():
+        number = new.numbers[min(at, len(new.numbers) - 1)] if new.numbers else 1
+        moved[old.numbers[n]] = number
+        if number not in changed and at not in come:
+            removed.add(number)
+    return Changes(frozenset(changed | removed), frozenset(removed), moved)
+
+
+def _opcodes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+    return SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
 
 
 def user_files(model: object, target: str, traced: Iterable[str], root: Path) -> dict[str, Text]:
