@@ -67,8 +67,8 @@ def build(
     try:
         with torch.device(where):
             model: nn.Module = getattr(transformers, head).from_config(config, dtype=dtype)
-            if shape.checkpointing or (shape.checkpointing is None and _asks(config)):
-                model.gradient_checkpointing_enable()  # type: ignore[operator]
+            asked = getattr(config, "gradient_checkpointing", False)
+            _checkpoint(model, bool(asked) if shape.checkpointing is None else shape.checkpointing)
             model.train()
             if head == "AutoModelForCausalLM" and getattr(model, "loss_type", None) is None:
                 model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # the default; asked for, it is taken without a warning
@@ -160,8 +160,12 @@ def _dtype(name: str, asked: str | None, config: Any) -> torch.dtype:
     return _DTYPES[text]
 
 
-def _asks(config: Any) -> bool:
-    return bool(getattr(config, "gradient_checkpointing", False))
+def _checkpoint(model: nn.Module, enable: bool) -> None:
+    """Switch it on or off; models that have none stay as they are."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # 5.x, 4.x
+    getattr(model, f"{kind}_checkpointing_{'enable' if enable else 'disable'}")()
 
 
 def _batch(

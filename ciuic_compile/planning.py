@@ -121,6 +121,16 @@ def user_frame(error: BaseException) -> str:
     return f"{users[-1].filename}:{users[-1].lineno} ({users[-1].line})" if users else ""
 
 
+class _Planner(CiuicPartitioner):
+    """Partitions graphs that nobody will run: none of them needs Python code."""
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        with compat.without_code():
+            return super().__call__(gm, joint_inputs, **kwargs)
+
+
 def _run_on_fakes(
     model: nn.Module,
     batch: Any,
@@ -138,7 +148,7 @@ def _run_on_fakes(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         patches = {**(CUDA_PATCHES if cuda else {}), **config.inductor_options}
-        partitioner = CiuicPartitioner(config, "planning", f"graph {next(numbers)}")
+        partitioner = _Planner(config, "planning", f"graph {next(numbers)}")
         try:
             compiled = compat_fake.partition_only(gm, example_inputs, partitioner, patches, fakes.mode)
         except CiuicError as error:
@@ -161,6 +171,7 @@ def _run_on_fakes(
         stack.callback(compat.forget_compiled, step)
         stack.enter_context(compat_fake.many_compiles())
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(compat.collecting_later())
         try:
             stack.enter_context(fakes.inside(model))
             inputs = fakes.tree(dict(batch) if isinstance(batch, Mapping) else batch)

@@ -67,8 +67,7 @@ def _moved(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
     tensor = args[0]
     if func is not Tensor.to:
         return tensor  # type: ignore[no-any-return]
-    kwargs.pop("device", None)
-    rest = [a for a in args[1:] if not isinstance(a, (str, torch.device)) and type(a) is not int]
-    if rest and isinstance(rest[0], Tensor):
-        rest[0] = rest[0].dtype
-    return tensor.to(*rest, **kwargs) if rest or kwargs else tensor  # type: ignore[no-any-return]
+    named = [kwargs.get("dtype"), kwargs.get("other"), *args[1:]]
+    dtypes = [x.dtype if isinstance(x, Tensor) else x for x in named if isinstance(x, (Tensor, torch.dtype))]
+    memory_format = kwargs.get("memory_format", torch.preserve_format)
+    return tensor.to(dtype=next(iter(dtypes), tensor.dtype), memory_format=memory_format)  # type: ignore[no-any-return]

@@ -98,19 +98,15 @@ def test_hugging_face_models_plan_as_one_graph(kind: str, tmp_path: Path) -> Non
     made = targets.load(config(tmp_path, kind), Shape(batch=2, seq=64))
     assert all(p.is_meta for p in made.model.parameters()) and made.model.training
     (planned,) = plan(made.model, made.inputs, made.loss_fn, options={"min_bytes": 0}, device="h200")
-    assert planned.planned_saved_bytes * 3 <= planned.baseline_saved_bytes
+    assert planned.planned_saved_bytes * 2 <= planned.baseline_saved_bytes
     assert planned.input_bytes > sum(p.nbytes for p in made.model.parameters())
 
 
 def test_gradient_checkpointing_is_respected(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     saved = []
-    for folder, asked in (
-        (config(tmp_path, "llama"), None),
-        (config(tmp_path, "llama"), True),
-        (config(tmp_path, "llama", gradient_checkpointing=True), None),
-        (config(tmp_path, "llama", gradient_checkpointing=True), False),
-    ):
+    for written, asked in ((False, None), (False, True), (True, None), (True, False)):
+        folder = config(tmp_path, "llama", gradient_checkpointing=written)
         made = targets.load(folder, Shape(batch=2, seq=64, checkpointing=asked))
         (planned,) = plan(made.model, made.inputs, made.loss_fn, options={"mode": "lossless"}, device="h200")
         saved.append(planned.baseline_saved_bytes)
@@ -124,7 +120,7 @@ def test_gradient_checkpointing_is_respected(tmp_path: Path) -> None:
         ("{}", "has no model_type"),
         ('{"model_type": "lama"}', "no model type 'lama'"),
         ('{"model_type": "llama", "dtype": "int4"}', "dtype 'int4'"),
-        ('{"model_type": "clip"}', "no model with a loss"),
+        ('{"model_type": "wav2vec2"}', "no model with a loss"),
     ],
 )
 def test_configurations_that_cannot_be_built(text: str, said: str, tmp_path: Path) -> None:
