@@ -18,6 +18,7 @@ from .announcing import listening
 from .errors import CiuicError, OutputError, TargetError
 
 if TYPE_CHECKING:
+    from .gate.baseline import Baseline
     from .gate.record import Record
     from .gate.settings import Entry
     from .types import Plan
@@ -48,7 +49,7 @@ class Planned:
 
 
 _PLANNED: Final = pytest.StashKey[Planned]()
-_BASELINE: Final = pytest.StashKey["baseline.Baseline | None"]()
+_BASELINE: Final[pytest.StashKey[Baseline | None]] = pytest.StashKey()
 
 
 # ---------------------------------------------------------------- options and marks

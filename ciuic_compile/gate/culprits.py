@@ -105,7 +105,7 @@ def find(before: Record, now: Record, limit: int = 5) -> tuple[Culprit, ...]:
             size = at not in lines and _SIZE.search(now.files[file].code(number)) is not None
             if outside and not idle and (size or wider):  # what runs before the step shows everywhere
                 explained = sum(direct.values())
-            elif (outside and not idle) or size:  # a size shows in classes where no line changed
+            elif not idle and (outside or size):  # a size shows in classes where no line changed
                 explained += elsewhere
             relevant = explained >= _RELEVANT * max(total, 1)
             innocent = at in lines and not direct.get(at)  # it makes what it made before

@@ -203,13 +203,13 @@ def test_no_common_factor_where_there_is_none() -> None:
 def test_comments_blank_lines_and_indentation_are_no_changes() -> None:
     old = parse("a = 1\nif a:\n  b = 2\n")
     new = parse("# what\n\na = 1  # one\nif a:\n\n      b = 2\n")
-    found = changes(old.hashes, old.numbers, new)
+    found = changes(old, new)
     assert not found.changed and found.moved == {1: 3, 2: 4, 3: 6}
 
 
 def test_a_file_that_is_no_python_is_compared_line_by_line() -> None:
     old, new = parse('{"layers": 2,\n "d": (\n'), parse('{"layers": 3,\n "d": (\n')
-    assert changes(old.hashes, old.numbers, new).changed == {1}
+    assert changes(old, new).changed == {1}
 
 
 def test_a_renamed_file_is_still_known() -> None:
