@@ -27,6 +27,7 @@ _SKIPPED = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
     tokenize.ENCODING,
 }  # fmt: skip
+_IDLE = (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Raise)
 _INSTALLED = ("/site-packages/", "/dist-packages/", f"/lib/python{sys.version_info[0]}.")
 
 
@@ -129,13 +130,16 @@ def _inert(tree: ast.Module) -> frozenset[int]:
     """Lines that cannot make a step grow by themselves."""
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Raise)):
+        if isinstance(node, _IDLE):
             lines.update(_extent(node))
-        elif isinstance(node, ast.ClassDef) and not node.keywords:
-            lines.update(range(node.lineno, node.body[0].lineno))
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if not any(default for default in (*node.args.defaults, *node.args.kw_defaults)):
-                lines.update(range(node.lineno, node.body[0].lineno))
+            continue
+        header = isinstance(node, ast.ClassDef) and not node.keywords
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            header = not any((*node.args.defaults, *node.args.kw_defaults))
+        elif isinstance(node, ast.If):
+            header = all(isinstance(n, _IDLE) for n in node.body)
+        if header:
+            lines.update(range(node.lineno, node.body[0].lineno))  # type: ignore[attr-defined]
     return frozenset(lines)
 
 

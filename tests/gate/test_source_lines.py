@@ -52,6 +52,10 @@ def changed(*edits: tuple[str, str]) -> list[str]:
         ("        x = self.up(x)\n", '        """What it does."""\n\n        x = self.up(x)  # wider\n'),
         ("import torch\n", "import math\n\nimport torch\n"),
         ("        x = self.up(x)\n", "        assert x.dim() == 3\n        pass\n        x = self.up(x)\n"),
+        (
+            "        x = self.up(x)\n",
+            "        if x is None:\n            raise TypeError\n        x = self.up(x)\n",
+        ),
         ("class Block(torch.nn.Module):\n", "class Block(torch.nn.Module):\n\n"),
     ],
 )

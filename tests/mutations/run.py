@@ -240,7 +240,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         ("edits that change nothing", [o for o in outcomes if not o.regression]),
     ):
         if chosen:
-            flagged = sum(o.status != "pass" for o in chosen)
+            flagged = sum(o.good == o.regression for o in chosen)
             named = f"{sum(o.place == 1 for o in chosen)} | {sum(o.place > 0 for o in chosen)}"
             lines.append(
                 f"| {title} | {len(chosen)} | {flagged} | {named if chosen[0].regression else ' | '} |"
