@@ -18,7 +18,6 @@ from .announcing import listening
 from .errors import CiuicError, OutputError, TargetError
 
 if TYPE_CHECKING:
-    from .gate.baseline import Baseline
     from .gate.record import Record
     from .gate.settings import Entry
     from .types import Plan
@@ -49,7 +48,7 @@ class Planned:
 
 
 _PLANNED: Final = pytest.StashKey[Planned]()
-_BASELINE: Final = pytest.StashKey["Baseline | None"]()
+_BASELINE: Final = pytest.StashKey["baseline.Baseline | None"]()
 
 
 # ---------------------------------------------------------------- options and marks
@@ -111,7 +110,8 @@ def _limit(item: pytest.Item, mark: pytest.Mark) -> int:
     if len(mark.args) != 1 or mark.kwargs:
         given = ", ".join([*map(repr, mark.args), *(f"{k}={v!r}" for k, v in mark.kwargs.items())])
         raise pytest.UsageError(
-            f"{where}({given}): one size is needed\n  valid: bytes, or a string such as '10 GiB' or '800 MB'\n"
+            f"{where}({given}): one size is needed\n"
+            "  valid: bytes, or a string such as '10 GiB' or '800 MB'\n"
             f"  fix: write e.g. @pytest.mark.{mark.name}('10 GiB')"
         )
     try:
@@ -173,7 +173,7 @@ class MemoryPlan:
 
 @pytest.fixture
 def memory_plan(request: pytest.FixtureRequest) -> MemoryPlan:
-    """``memory_plan(model, inputs, loss_fn=None, **options) -> Plan``: plan a training step, without a GPU."""
+    """``memory_plan(model, inputs, loss_fn=None, **options) -> Plan``: plan a step, without a GPU."""
     return MemoryPlan(request.node)
 
 
@@ -249,8 +249,8 @@ def _over(mark: str, limit: int, step: Step) -> Iterator[str]:
     kept = sorted((d for p in step.plans for d in p.decisions), key=lambda d: d.saved_bytes, reverse=True)
     for d in kept[:3]:
         if d.saved_bytes:
-            source = d.storage.source
-            yield f"  saved: {size(d.saved_bytes)} as {d.codec or d.storage.dtype}, {source.where}: {source.code}"
+            source, kind = d.storage.source, d.codec or d.storage.dtype
+            yield f"  saved: {size(d.saved_bytes)} as {kind}, {source.where}: {source.code}"
 
 
 # ---------------------------------------------------------------- after a test, and after all of them
@@ -304,7 +304,8 @@ class _Summary:
         for p in plans[:_SHOWN]:
             of = f" of {size(p['limit'])}" if p["limit"] is not None else ""
             terminalreporter.line(
-                f"{size(p['total']):>8}{of}, {size(p['saved'])} saved; by Inductor {size(p['inductor'])}  {p['test']}"
+                f"{size(p['total']):>8}{of}, {size(p['saved'])} saved; "
+                f"by Inductor {size(p['inductor'])}  {p['test']}"
             )
         if len(plans) > _SHOWN:
             terminalreporter.line(f"and {len(plans) - _SHOWN} smaller ones")

@@ -26,6 +26,7 @@ from ciuic_compile.report._format import size
 _RELEVANT = 0.05  # of all growth: less in a class or function is a consequence, no cause
 _TOLD = 1024  # bytes; a scalar more is not worth a sentence
 _SIZE = re.compile(r"(?<![\w.])\d")
+_NAMED = re.compile(r"(?:class |def )?(\w+)\s*(?:[(:][^=]*)?(?:=|:$|\):$)")
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -92,18 +93,25 @@ def find(before: Record, now: Record, limit: int = 5) -> tuple[Culprit, ...]:
     traced = {(at[0], _scope(now.files, at)) for at in lines}
     touched = {(file, _scope(now.files, (file, n))) for file, edit in edits.items() for n in edit.changed}
     elsewhere = sum(g for scope, g in scopes.items() if scope not in touched)
+    wider = any(_casts(g) is not None for g in lines.values())
     scored: list[tuple[tuple[int, float, int, int], _Line]] = []
     for file, edit in edits.items():
         for number in edit.changed:
             at = (file, number)
             scope = (file, _scope(now.files, at))
             explained = direct.get(at, 0) + (scopes[scope] if scope[1] != (0, 0) else 0)
-            # a size, or what runs before the step, shows in classes where no line changed
-            if at not in lines and (scope not in traced or _SIZE.search(now.files[file].code(number))):
+            idle = _is_unused(now, at)
+            outside = scope not in traced
+            size = at not in lines and _SIZE.search(now.files[file].code(number)) is not None
+            if outside and not idle and (size or wider):  # what runs before the step shows everywhere
+                explained = sum(direct.values())
+            elif (outside and not idle) or size:  # a size shows in classes where no line changed
                 explained += elsewhere
             relevant = explained >= _RELEVANT * max(total, 1)
             innocent = at in lines and not direct.get(at)  # it makes what it made before
-            unlikely = (scope not in traced) + 2 * innocent + 4 * (number in edit.removed)
+            unlikely = (
+                (not outside) + 2 * (not size) + 4 * (number in edit.removed) + 8 * innocent + 16 * idle
+            )
             scored.append(((0 if relevant else 1, -explained, unlikely, number), at))
     order, any_changed = _forward_order(lines), bool(scored)
     for at, g in direct.items():
@@ -227,6 +235,17 @@ def _is_changed(at: _Line, edits: Mapping[str, Changes]) -> bool:
 
 def _scope(files: Mapping[str, Text], at: _Line) -> tuple[int, int]:
     return files[at[0]].scope(at[1]) if at[0] in files else (0, 0)
+
+
+def _is_unused(record: Record, at: _Line) -> bool:
+    """Whether the line gives a value to a name, or is in a class or function, that is nowhere else."""
+    text, scope = record.files[at[0]], _scope(record.files, at)
+    header = text.code(scope[0]) if scope != (0, 0) else text.code(at[1])
+    name = _NAMED.match(header)
+    if name is None or name[1] == record.target.rpartition(":")[2]:
+        return False
+    word = re.compile(rf"\b{name[1]}\b")
+    return sum(len(word.findall(line)) for other in record.files.values() for line in other.lines) == 1
 
 
 def _forward_order(lines: Mapping[_Line, _Growth]) -> dict[_Line, float]:

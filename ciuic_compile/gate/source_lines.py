@@ -1,7 +1,8 @@
 """Which lines of the user's program changed since the baseline was accepted, without asking git.
 
 A baseline keeps two short hashes of every line of the files that define a model: of the line, and of the
-line without the names in it. Comments, docstrings, blank lines and indentation do not count. A CI job's checkout is often shallow, and a baseline may be older than a branch:
+line without the names in it. Comments, docstrings, blank lines and indentation do not count. A CI job's
+checkout is often shallow, and a baseline may be older than a branch:
 hashes need neither history nor the old text.
 """
 
@@ -39,7 +40,7 @@ class Text:
         lines: of the whole file; none where only hashes are known.
         scopes: first and last line of every class and function at the top level.
         shapes: hashes of the lines with every name that the user may choose as the same word.
-        inert: lines that make no tensor and say no size: class and function headers without numbers, imports, pass.
+        inert: lines that make no tensor and say no size: imports, headers without defaults, pass, assert.
     """
 
     hashes: tuple[str, ...]
@@ -109,13 +110,19 @@ def _shape(token: tokenize.TokenInfo, before: Sequence[str]) -> str:
 
 def _docstrings(tree: ast.Module) -> set[int]:
     """Lines of strings that are statements."""
-    found = (n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
-    return {
-        i
-        for n in found
-        if isinstance(n.value.value, str)
-        for i in range(n.lineno, (n.end_lineno or n.lineno) + 1)
-    }  # type: ignore[attr-defined]
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            lines.update(_extent(node))
+    return lines
+
+
+def _extent(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
 
 
 def _inert(tree: ast.Module) -> frozenset[int]:
@@ -123,7 +130,7 @@ def _inert(tree: ast.Module) -> frozenset[int]:
     lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Raise)):
-            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            lines.update(_extent(node))
         elif isinstance(node, ast.ClassDef) and not node.keywords:
             lines.update(range(node.lineno, node.body[0].lineno))
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -150,9 +157,8 @@ def changes(old: Text, new: Text) -> Changes:
     gone: dict[int, int] = {}  # index of a line that is not at its place any more -> index of what is there
     come: list[int] = []
     for tag, i, j, k, m in _opcodes(old.hashes, new.hashes):
-        for what, a, b, c, d in (
-            [("equal", 0, j - i, 0, m - k)] if tag == "equal" else _opcodes(old.shapes[i:j], new.shapes[k:m])
-        ):
+        parts = _opcodes(old.shapes[i:j], new.shapes[k:m]) if tag != "equal" else [(tag, 0, j - i, 0, m - k)]
+        for what, a, b, c, d in parts:
             if what == "equal":
                 moved.update(zip(old.numbers[i + a : i + b], new.numbers[k + c : k + d], strict=True))
             else:
@@ -177,7 +183,7 @@ def changes(old: Text, new: Text) -> Changes:
     return Changes(frozenset(changed | removed), frozenset(removed), moved)
 
 
-def _opcodes(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, int, int, int, int]]:
+def _opcodes(old: Sequence[str], new: Sequence[str]) -> Sequence[tuple[str, int, int, int, int]]:
     return SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
 
 

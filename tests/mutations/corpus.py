@@ -64,10 +64,11 @@ class Regression:
             right = {(self.file, next(n + 1 for n in range(gone, len(lines)) if lines[n].strip()))}
         model = next(name for name in files if name.endswith(".py") and self.entry.startswith(name[:-3]))
         for part in self.culprit:
-            found = [n for n, line in enumerate(edited[model].splitlines(), 1) if part in line]
+            texts = {file: edited[file].splitlines() for file in (self.file, model)}
+            found = [(file, n) for file in texts for n, line in enumerate(texts[file], 1) if part in line]
             if len(found) != 1:
-                raise ValueError(f"{self.name}: {part!r} is in lines {found} of {model}, not in one")
-            right.add((model, found[0]))
+                raise ValueError(f"{self.name}: {part!r} is in {found}, not in one line")
+            right.add(found[0])
         return right
 
 
