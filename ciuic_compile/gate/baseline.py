@@ -285,11 +285,5 @@ def _read_row(r: Any) -> Row:
 
 def _read_hashes(text: Any) -> Text:
     found = [(i, h) for i, h in enumerate(_is(text, str).split(), 1) if h != _BLANK]
-<<<<<<< HEAD
-    return Text(
-        tuple(h[:6] for _, h in found), tuple(i for i, _ in found), (), (), tuple(h[6:] for _, h in found)
-    )
-=======
     exact, shapes = tuple(h[:6] for _, h in found), tuple(h[6:] for _, h in found)
     return Text(exact, tuple(i for i, _ in found), (), shapes=shapes)
->>>>>>> plugin
