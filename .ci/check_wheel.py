@@ -72,6 +72,10 @@ def check_contents(wheel: Path) -> None:
     assert top == {"ciuic_compile"}, f"top-level modules: {sorted(top)}"
     tree = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ciuic_compile").rglob("*.py")}
     tree |= {f"ciuic_compile/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "passes").rglob("*.py")}
+    data = [
+        p for folder in ("schema", "templates") for p in (ROOT / "ciuic_compile/report" / folder).iterdir()
+    ]
+    tree |= {p.relative_to(ROOT).as_posix() for p in data}
     missing = sorted((tree | {"ciuic_compile/py.typed"}) - set(names))
     assert not missing, f"not in the wheel: {missing}"
     stray = sorted(n for n in names if n.endswith(".pyc"))

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 
 from ciuic_compile.capture import owner
-from ciuic_compile.fusion import is_external
 from ciuic_compile.passes import Graphs
-from ciuic_compile.schedule import in_kernels, output_nodes, overwrites, stored_values
-from ciuic_compile.simulate import _results, saved_storages, tensor_bytes
+from ciuic_compile.schedule import output_nodes
+from ciuic_compile.simulate import saved_storages, tensor_bytes
+from ciuic_compile.timeline import LiveRange, live_ranges
 
 
 @dataclass(frozen=True)
@@ -48,45 +49,25 @@ class AtPeak:
 
 
 def alive_at_peak(graph: fx.Graph, inputs: Mapping[fx.Node, int]) -> AtPeak:
-    """Walk the live ranges that ``simulate`` walks, and stop where they add up to the most.
+    """Of the live ranges that ``simulate`` walks, those where they add up to the most.
 
     Args:
         inputs: saved tensors and their bytes, counted until their last use.
     """
     returned = {owner(n) for n in output_nodes(graph)}
-    stored = stored_values(graph, returned)
-    kernels = in_kernels(stored)
-    step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
-    readers: dict[fx.Node, set[int]] = {}
-    for node, storages in stored.items():
-        for storage in storages:
-            readers.setdefault(storage, set()).add(step[node])
-    end = len(kernels)
-    last = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, end)
-    live = {node: Alive(node, size, "saved") for node, size in inputs.items()}
-    most, best = -1, AtPeak((), ())
-    for now, kernel in enumerate(kernels):
-        made = [
-            Alive(result, size, "returned" if last.get(result) == end else "made")
-            for node in kernel
-            if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
-            for result, size in _results(node, {})
-        ]
-        dying = [node for node in live if last.get(node, 0) <= now]
-        spare = Counter(() if is_external(kernel[0]) else (live[node].nbytes for node in dying))
-        apart = []  # what takes no dying storage's place
-        for item in made:
-            spare[item.nbytes] -= 1
-            if spare[item.nbytes] < 0:
-                apart.append(item)
-        total = sum(item.nbytes for item in (*live.values(), *apart))
-        if total > most:
-            there = sorted((*live.values(), *apart), key=lambda item: -item.nbytes)
-            most, best = total, AtPeak(tuple(n.name for n in kernel), tuple(there))
-        live |= {item.node: item for item in made}
-        for node in (*dying, *(item.node for item in made if last.get(item.node, now) <= now)):
-            del live[node]
-    return best
+    ranges, kernels = live_ranges(graph, inputs)
+    changes: Counter[int] = Counter()
+    for r in ranges:
+        changes[r.first] += r.nbytes
+        changes[r.last + 1] -= r.nbytes
+    totals = list(accumulate(changes[step] for step in range(-1, len(kernels))))[1:]
+    now = totals.index(max(totals))
+
+    def what(r: LiveRange) -> str:
+        return "saved" if r.node in inputs else "returned" if r.node in returned else "made"
+
+    there = [Alive(r.node, r.nbytes, what(r)) for r in ranges if r.first <= now <= r.last and not r.inside]
+    return AtPeak(tuple(n.name for n in kernels[now]), tuple(sorted(there, key=lambda item: -item.nbytes)))
 
 
 def at_peaks(graphs: Graphs) -> dict[str, AtPeak]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import fx
@@ -14,18 +12,17 @@ from torch import fx
 from . import compat
 from .calibration import GraphCalibration
 from .capture import CapturedGraph, owner, tensor
-from .classify import Classifier, is_reduction
+from .classify import Classifier
 from .codecs import Codec, get_codec
 from .config import CompileConfig
 from .devices import DeviceProfile, profile_for
 from .energy import Energy
 from .fingerprint import fingerprint
+from .identity import stable_ids
 from .simulate import tensor_bytes
-from .types import Source, Storage, TensorClass
+from .sources import source_of
+from .types import Source, Storage
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent)  # planning.py calls the model
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n(?P<code>[^\n]*)')
 BITMASK = "bitmask"
 SHORT_OF_MEMORY = 1 / 8  # of the device's memory
 LOSSY_CODECS = ("int8_group{}", "int6_group{}", "int5_group{}", "int4_group{}_affine", "int4_group{}")
@@ -166,18 +163,13 @@ class MemoryModel:
         return self.excluded_because(node) or self.classes.kept_because(node) or "mode is lossless"
 
     def source(self, node: fx.Node) -> Source:
-        """The user's line and module that made this value (torch's own frames and ours are skipped)."""
-        trace = node.meta.get("stack_trace") or ""
-        frames = [m for m in _FRAME.finditer(trace) if not m["file"].startswith(_OURS)]
-        users = [m for m in frames if not m["file"].startswith(_TORCH)]
-        frame = (users or frames)[-1] if frames else None
-        stack = node.meta.get("nn_module_stack") or {}
-        module = str(list(stack.values())[-1][0]) if stack else ""
-        module = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", module)
-        module = re.sub(r"\._modules\[['\"](\w+)['\"]\]|\[['\"]?(\w+)['\"]?\]", r".\1\2", module)
-        if frame is None:
-            return Source(module=module)
-        return Source(frame["file"], int(frame["line"]), frame["code"].strip(), module)
+        """The user's line and module that made this value."""
+        return source_of(node)
+
+    @cached_property
+    def ids(self) -> Mapping[str, str]:
+        """Stable ids of the joint graph's values, by node name."""
+        return stable_ids(self.captured)
 
     def storage(self, node: fx.Node) -> Storage:
         """The plan's view of a storage."""
@@ -186,11 +178,12 @@ class MemoryModel:
         numel = compat.to_sympy(value.numel())
         return Storage(
             name=node.name,
+            id=self.ids[node.name],
             shape=tuple(compat.hint(s) for s in value.shape),
             dtype=str(value.dtype).removeprefix("torch."),
             nbytes=tensor_bytes(value),
             symbolic_bytes=str(numel * value.dtype.itemsize),
-            kind=TensorClass.STATISTIC if is_reduction(node) else self.classes.kind(node),
+            kind=self.classes.storage_kind(node),
             op=str(node.target),
             source=self.source(node),
             kept_because=self.kept_because(node),

@@ -16,6 +16,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from . import cache, compat, compat_wrapper, report
+from .announcing import announce
 from .config import CompileConfig, default_config, parse_options
 from .confirm import confirm, main_device
 from .devices import profile_for
@@ -80,6 +81,7 @@ def _compile(
     compiled, plan = _planned(gm, example_inputs, config, patches, name)
     if plan is not None:
         _plans.append(plan)
+        announce(plan)
         report.emit(plan, config)
         return _told_when_it_breaks(compiled, plan, example_inputs, config)
     return compiled

@@ -112,6 +112,10 @@ class Classifier:
                 return kind
         return TensorClass.LINEAR_INPUT if self._is_linear_input(node) else TensorClass.ACTIVATION
 
+    def storage_kind(self, node: fx.Node) -> TensorClass:
+        """The class of the storage that a forward node makes."""
+        return TensorClass.STATISTIC if is_reduction(node) else self.kind(node)
+
     def kept_because(self, node: fx.Node) -> str | None:
         """Why the value must stay exact, or None when a codec is legal."""
         reason = REASONS.get(self.kind(node))

@@ -26,7 +26,7 @@ from ciuic_compile.errors import OptionError, nearest
 INDUCTOR_MODES: Final = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 GROUP_SIZES: Final = (32, 64, 128)
 REPORT_WORDS: Final = ("short", "full", "off")
-REPORT_SUFFIXES: Final = (".json", ".html", ".txt")
+REPORT_SUFFIXES: Final = (".json", ".html", ".txt", ".md", ".pickle", ".perfetto.json", ".trace.json")
 _UNITS: Final = {"": 1, "b": 1} | {
     f"{letter}{infix}b": base**power
     for power, letter in enumerate("kmgtp", 1)
@@ -59,7 +59,7 @@ class CompileConfig:
         plan_seconds: how long planning one graph under a budget may take; then the best plan so far is taken.
         device: profile of the device to plan for; None: the one that the tensors are on.
         calibration: measured error coefficients of the model; None: guessed from shapes.
-        report: ``"short"``, ``"full"``, ``"off"``, or an absolute path ending .json, .html or .txt.
+        report: ``"short"``, ``"full"``, ``"off"``, or an absolute path with one of ``REPORT_SUFFIXES``.
         allow: patterns; when not empty only what one of them matches may be compressed.
         deny: patterns; what one of them matches is never compressed.
         min_bytes: storages smaller than this many bytes are never compressed.

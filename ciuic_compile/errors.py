@@ -60,6 +60,14 @@ class OutputError(CiuicError):
     """A file that was asked for cannot be written; nothing was."""
 
 
+class SettingsError(CiuicError):
+    """``ciuic.toml`` cannot be used: not TOML, an unknown key, a wrong value; names the file and the line."""
+
+
+class BaselineError(CiuicError):
+    """No baseline to compare with: missing, not readable, of another schema version, or of another model."""
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest valid word, or an empty string."""
     match = difflib.get_close_matches(word, sorted(valid), n=1, cutoff=0.5)

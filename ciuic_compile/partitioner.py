@@ -18,6 +18,7 @@ from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
 from .compat_extract import Extractor
 from .config import CompileConfig
 from .confirm import joint_of
+from .environment import environment
 from .errors import InfeasibleBudgetError, VerificationError
 from .passes import Graphs, default_passes, run_pipeline
 from .planner import Codecs, Selection, choose_codecs, cost_us, fit_budget, make_plan, select
@@ -25,6 +26,7 @@ from .planner.select import follows_rules
 from .replay import Joint
 from .simulate import Peaks, saved_storages, simulate, tensor_bytes
 from .symbolize import symbolized
+from .timeline import timeline
 from .types import Plan
 
 STAYS_WHOLE = {
@@ -117,6 +119,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             chosen.graphs,
             self._correction,
             chosen.draft,
+            whole.pair,
         )
         self.joint = joint_of(chosen.graphs)
         return chosen.graphs.forward, chosen.graphs.backward
@@ -184,6 +187,7 @@ class Candidate:
         feed_forwards: which feed-forwards could be chunked, and which could not.
         baseline: peaks of Inductor's own partition of the user's graph.
         correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
+        pair: Inductor's own partition of the user's graph; None of a graph in chunks.
         done: what is in chunks, and the report's sentence on it.
     """
 
@@ -196,6 +200,7 @@ class Candidate:
     feed_forwards: Chunking
     correction: int = 0
     infeasible: InfeasibleBudgetError | None = None
+    pair: Graphs | None = None
     done: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -240,9 +245,10 @@ def partition_joint(
         captured = CapturedGraph(graph, info, tuple(baseline()), num_fwd_outputs)
         model = analyze(captured, config, whole.model if whole is not None else None)
         extract = Extractor(joint, info, num_fwd_outputs)
+        pair = None
         if whole is None:
-            pair = extract(captured.baseline_saved)
-            peaks = simulate(pair[0].graph, pair[1].graph, num_fwd_outputs, model.kind)
+            pair = Graphs(*extract(captured.baseline_saved), num_fwd_outputs)
+            peaks = simulate(pair.forward.graph, pair.backward.graph, num_fwd_outputs, model.kind)
         else:
             peaks = whole.baseline
         chunking = choose_chunks(model)
@@ -269,6 +275,7 @@ def partition_joint(
             feed_forwards=choose_feed_forwards(model),
             correction=correction,
             infeasible=infeasible,
+            pair=pair,
         )
         return list(selection.saved)
 
@@ -284,12 +291,14 @@ class Draft:
     Attributes:
         saved: the selected nodes, as far as the partitioned graphs save them.
         added: bytes of saved tensors that were not selected.
+        trial: the graphs that were simulated, with the codecs as markers.
     """
 
     saved: tuple[fx.Node, ...]
     codecs: Codecs
     planned: Peaks
     added: int
+    trial: Graphs
 
 
 def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correction: int = 0) -> Draft:
@@ -302,8 +311,9 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
     codecs = selection.codecs or choose_codecs(model, selection)
-    peaks = _peaks(_copy(graphs), codecs.by_name, correction, model.kind)
-    return Draft(selection.saved, codecs, peaks, added)
+    trial = _copy(graphs)
+    peaks = _peaks(trial, codecs.by_name, correction, model.kind)
+    return Draft(selection.saved, codecs, peaks, added, trial)
 
 
 def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int, kind: str | None) -> Peaks:
@@ -321,11 +331,13 @@ def plan_and_rewrite(
     graphs: Graphs,
     correction: int = 0,
     draft: Draft | None = None,
+    pair: Graphs | None = None,
 ) -> Plan:
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
 
     Args:
         draft: that of these graphs, where it was already made.
+        pair: Inductor's own partition of the user's graph; the plan has no timeline without it.
 
     Raises:
         VerificationError: the rewritten graphs save other bytes than the plan says, or keep more alive.
@@ -336,7 +348,13 @@ def plan_and_rewrite(
     notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
     stored = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
-    plan = replace(plan, simulated_peak_bytes=planned.peak - correction, correction_bytes=correction)
+    plan = replace(
+        plan,
+        simulated_peak_bytes=planned.peak - correction,
+        correction_bytes=correction,
+        timeline=None if pair is None else timeline(model, draft.trial, pair),
+        environment=environment(plan.device),
+    )
     if added:
         plan = replace(
             plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +57,8 @@ def plan(
         dynamic: as in ``torch.compile``.
 
     Returns:
-        One plan for each training graph that Dynamo made, in order: one, unless the graph breaks.
+        One plan for each call of a training graph, in order: one, unless the graph breaks. Where layers share
+        one graph, each call counts; what runs between graphs is not planned.
 
     Raises:
         OptionError: a wrong option.
@@ -140,20 +142,27 @@ def _run_on_fakes(
 ) -> None:
     fakes = compat_fake.Fakes()
     failed: list[CiuicError] = []
+    numbers = itertools.count()
 
     cuda = config.device is not None and config.device.kind == "cuda"
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         patches = {**(CUDA_PATCHES if cuda else {}), **config.inductor_options}
-        partitioner = _Planner(config, "planning", f"graph {len(made)}")
+        partitioner = _Planner(config, "planning", f"graph {next(numbers)}")
         try:
             compiled = compat_fake.partition_only(gm, example_inputs, partitioner, patches, fakes.mode)
         except CiuicError as error:
             failed.append(error)
             raise compat.user_facing(error) from error.__cause__
-        if partitioner.plan is not None and is_training(example_inputs):
-            made.append(_finished(partitioner.plan, example_inputs))
-        return compiled
+        if partitioner.plan is None or not is_training(example_inputs):
+            return compiled
+        plan = _finished(partitioner.plan, example_inputs)
+
+        def called(*args: Any) -> Any:  # a graph of equal layers, each called from Python, counts each time
+            made.append(plan)
+            return compiled(*args)
+
+        return called
 
     def step(batch: Any) -> Any:
         return call(model, batch, loss_fn)

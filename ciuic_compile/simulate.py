@@ -75,7 +75,7 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     saved = saved_storages(forward, num_fwd_outputs)
     outputs = dict.fromkeys(owner(n) for n in output_nodes(forward)[:num_fwd_outputs])
     target = _Target(compat.prefers_channels_last(forward, kind), kind)
-    names = {node.name for node in saved}
+    names = {node.name for node in saved if owner(node) not in outputs}  # those are counted among the outputs
     arriving = backward.find_nodes(op="placeholder")
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
     beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
@@ -142,7 +142,15 @@ class _Target:
 def _changes(
     graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
 ) -> tuple[Change, ...]:
-    """What appears and goes while a graph runs, in order.
+    """What appears and goes while a graph runs, in order."""
+    steps = changes_by_step(graph, live_inputs, target, hints)
+    return tuple(change for step in steps for change in step if change[0] != 0)
+
+
+def changes_by_step(
+    graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
+) -> list[list[Change]]:
+    """What appears and goes before the first kernel of a graph, and at each of them.
 
     Args:
         live_inputs: counted until their last use; other inputs never.
@@ -162,7 +170,7 @@ def _changes(
     dying: dict[int, list[Size]] = {}  # step -> sizes of what is last used there
     for node, size in live_inputs.items():
         dying.setdefault(last_use.get(node, 0), []).append(size)
-    changes: list[Change] = list(Counter(live_inputs.values()).items())
+    changes: list[list[Change]] = [list(Counter(live_inputs.values()).items())]
     for now, kernel in enumerate(kernels):
         made = [
             made
@@ -175,12 +183,12 @@ def _changes(
         new = Counter(size for _, size in made)
         inside = _temporaries(kernel[0], target, hints)
         needed = [*(new - spare).items(), (inside, 1)]
-        changes += [*needed, *((size, -count) for size, count in needed)]
+        step_changes = [*needed, *((size, -count) for size, count in needed)]
         for storage, size in made:
             dying.setdefault(last_use.get(storage, now), []).append(size)
-        changes += [(size, -count) for size, count in Counter(dying.pop(now, ())).items()]
-        changes += new.items()
-    return tuple(c for c in changes if c[0] != 0)
+        step_changes += [(size, -count) for size, count in Counter(dying.pop(now, ())).items()]
+        changes.append([*step_changes, *new.items()])
+    return changes
 
 
 def _results(node: fx.Node, hints: dict[Size, int]) -> list[tuple[fx.Node, Size]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -122,21 +123,25 @@ def _from_file(name: str, path: Path) -> ModuleType:
             f"target {name!r}: no file {str(path)!r}{nearest(path.name, others)}\n  valid: {_VALID}\n"
             f"  fix: correct the path; the current folder is {os.getcwd()!r}"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: another module of that name stays, and Dynamo, which finds globals by their module's
+    # name, never meets an older version of the file.
+    number = itertools.count(2)
+    module_name = path.stem
+    while module_name in sys.modules:
+        module_name = f"{path.stem}_{next(number)}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise TargetError(f"target {name!r}: {str(path)!r} is no Python file\n  fix: name a .py file")
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
     if folder not in sys.path:  # as for `python FILE.py`
         sys.path.insert(0, folder)
-    # registered while it is imported, as dataclasses need it; a module that is already there stays
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module
+    sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    finally:
-        if before is not None:
-            sys.modules[path.stem] = before
+    except BaseException:
+        del sys.modules[module_name]
+        raise
     return module
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 
 from .devices import DeviceProfile
 from .symbolic import PlanAt, SymbolicPlan, plan_at
@@ -41,7 +42,7 @@ class TensorClass(str, Enum):
 class Source:
     """Where the user's program made a tensor. Empty strings and line 0 when unknown."""
 
-    file: str = ""
+    file: str = ""  # never absolute (``sources.py``)
     line: int = 0
     code: str = ""
     module: str = ""  # module path, e.g. "blocks.3.mlp"
@@ -60,6 +61,7 @@ class Storage:
         name: joint-graph node that owns the storage.
         shape: of the owning node; symbolic sizes at their hints.
         dtype: e.g. ``"bfloat16"``.
+        id: the same in every process, and after edits that change no computation (``identity.py``).
         nbytes: its size in bytes at the hints.
         symbolic_bytes: the same as a sympy expression in text, e.g. ``"4096*s77"``.
         kind: its class.
@@ -78,6 +80,7 @@ class Storage:
     source: Source = field(default_factory=Source)
     kept_because: str | None = None
     min_bits: int = 4
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,131 @@ class Price:
     less_costs_us: float | None
 
 
+class Role(str, Enum):
+    """What a storage is to the step while it is alive."""
+
+    SAVED = "saved"  # waits in the forward for its use in the backward, compressed or not
+    RETURNED = "returned"  # an output of the forward: alive until the step is over
+    GRADIENT = "gradient"  # what the backward is given, and what it returns
+    RECOMPUTED = "recomputed"  # a forward value that the backward makes again
+    CODEC = "codec"  # a decoded tensor
+    WORKSPACE = "workspace"  # what a library's call takes for itself
+    TEMPORARY = "temporary"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the user's program."""
+
+    file: str
+    line: int
+    code: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """One storage of a step, and how long it lives.
+
+    Attributes:
+        id: unique in its track: ``Storage.id`` of what could be saved, ``.../payload`` of a codec's part.
+        role: what it is to the step.
+        kind: class of a forward value; None of anything else.
+        module: module path, e.g. ``"blocks.3.mlp"``.
+        line: index into ``Timeline.lines``; None where tracing lost it.
+        dtype: e.g. ``"bfloat16"``; empty for a workspace.
+        shape: elements by dimension; symbolic sizes at their hints.
+        codec: by which it is encoded, or was until now (role ``codec``).
+        nbytes: its size in bytes.
+        first: first step at which it is alive.
+        last: last step at which it is alive.
+    """
+
+    id: str
+    role: Role
+    kind: TensorClass | None
+    module: str
+    line: int | None
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str | None
+    nbytes: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Track:
+    """Everything that is alive during one simulated step, parameters and graph inputs left out.
+
+    A step is one kernel. Where a kernel writes in place of what it reads for the last time, that ends a step
+    before it, so that the bytes alive at a step are the sum of its blocks.
+
+    Attributes:
+        steps: id of the value that each kernel makes: the forward's, then the backward's. The first of the
+            backward is empty: nothing runs, the gradients of the outputs arrive.
+        forward_steps: how many of them are the forward's.
+        blocks: by first step.
+    """
+
+    steps: tuple[str, ...]
+    forward_steps: int
+    blocks: tuple[Block, ...]
+
+    def totals(self) -> list[int]:
+        """Bytes alive at every step."""
+        changes = [0] * (len(self.steps) + 1)
+        for block in self.blocks:
+            changes[block.first] += block.nbytes
+            changes[block.last + 1] -= block.nbytes
+        return list(accumulate(changes))[:-1]
+
+    @property
+    def peak_step(self) -> int:
+        """The first step at which the most bytes are alive; 0 of an empty track."""
+        totals = self.totals()
+        return totals.index(max(totals)) if totals else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at one time."""
+        return max(self.totals(), default=0)
+
+    def alive(self, step: int) -> list[Block]:
+        """What is alive at a step, largest first."""
+        return sorted((b for b in self.blocks if b.first <= step <= b.last), key=lambda b: (-b.nbytes, b.id))
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What is alive when, as the simulator expects it: before Inductor has scheduled anything.
+
+    Attributes:
+        lines: the user's lines that blocks point at.
+        baseline: with Inductor's own partition; its peak is ``Plan.baseline_peak_bytes``.
+        planned: with this plan; its peak is ``Plan.simulated_peak_bytes``.
+    """
+
+    lines: tuple[Line, ...]
+    baseline: Track
+    planned: Track
+
+    def line(self, block: Block) -> Line:
+        """The user's line that made a block; empty where it is not known."""
+        return Line("", 0, "") if block.line is None else self.lines[block.line]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions and device that a plan was made with; two plans are compared without it."""
+
+    ciuic: str
+    torch: str
+    triton: str  # empty: not installed
+    python: str
+    system: str  # e.g. "Linux x86_64"
+    device: str  # name of the device profile
+
+
 @dataclass(frozen=True)
 class Plan:
     """One compiled graph's plan. Byte counts exclude parameters and graph inputs.
@@ -155,6 +283,8 @@ class Plan:
     reserved_bytes: int | None = None  # that the allocator takes from the device, input_bytes included
     blas_bytes: int = 0  # of the reserved bytes: what cuBLAS keeps, from the first step on
     process_bytes: int | None = None  # reserved, and the device context; None where that was not measured
+    timeline: Timeline | None = None  # what is alive when, simulated
+    environment: Environment | None = None
     correction_bytes: int = 0  # replayed over simulated peak of an earlier round, when a budget asked for one
 
     @property

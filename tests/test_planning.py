@@ -164,3 +164,19 @@ def test_dynamic_sizes_and_autocast() -> None:
     assert made.dynamic and "s" in made.symbolic_saved_bytes
     (half,) = plan(Mlp(), torch.randn(128, 64), torch.sum, options=SMALL, autocast="bfloat16")
     assert "bfloat16" in {d.storage.dtype for d in half.decisions}
+
+
+def test_layers_that_share_one_graph_count_each() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Mlp() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+                print(end="")  # Dynamo leaves the loop to Python
+            return x
+
+    plans = plan(Layers(), torch.randn(128, 64))
+    assert len(plans) == 3 and len({p.planned_saved_bytes for p in plans}) == 1

@@ -27,7 +27,7 @@ from ciuic_compile.cli import exit_codes
 from ciuic_compile.errors import CiuicError
 
 #: Modules of ``ciuic_compile.cli``, in the order of ``ciuic --help``.
-COMMANDS: Final[tuple[str, ...]] = ("plan", "explain", "verify", "calibrate")
+COMMANDS: Final[tuple[str, ...]] = ("plan", "explain", "diff", "check", "accept", "verify", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

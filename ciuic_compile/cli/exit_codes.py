@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from ciuic_compile.errors import CiuicError, InfeasibleBudgetError, PassError, VerificationError
+from ciuic_compile.errors import (
+    BaselineError,
+    CiuicError,
+    InfeasibleBudgetError,
+    PassError,
+    VerificationError,
+)
 
 PASS: Final = 0
 REGRESSION: Final = 1
@@ -16,6 +22,7 @@ INTERNAL: Final = 70
 
 # The first class that an error belongs to decides; any other error of this package is the user's to mend.
 _OF_ERRORS: Final[tuple[tuple[type[CiuicError], int], ...]] = (
+    (BaselineError, BASELINE),
     (InfeasibleBudgetError, INFEASIBLE),
     (PassError, INTERNAL),
     (VerificationError, INTERNAL),

@@ -404,14 +404,17 @@ def _decision(
 
 def _dissolved(model: MemoryModel, device: DeviceProfile) -> list[Decision]:
     """Decisions on what the user's graph has in one piece and this one makes in chunks."""
-    return [
-        Decision(
-            model.original.storage(node), Action.RECOMPUTE, None, 0, size, 0.0, device.microseconds(2 * size),
-            "made chunk by chunk, in the backward again: never all alive",
-        )
-        for node, size in model.dissolved.items()
-        if model.original is not None
-    ]  # fmt: skip
+    original = model.original
+    if original is None:
+        return []
+    reason = "made chunk by chunk, in the backward again: never all alive"
+    made = []
+    for node, size in model.dissolved.items():
+        storage = original.storage(node)
+        storage = replace(storage, id=f"{storage.id}@whole")  # its chunks may have its id
+        time_us = device.microseconds(2 * size)
+        made.append(Decision(storage, Action.RECOMPUTE, None, 0, size, 0.0, time_us, reason))
+    return made
 
 
 def get_bits(codec: str) -> int:

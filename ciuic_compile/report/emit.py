@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Final, Literal, TextIO, cast
 
 from ciuic_compile.config import CompileConfig
+from ciuic_compile.report import exports
 from ciuic_compile.report._format import ascii_line, crop, size
 from ciuic_compile.report.html import render_html
 from ciuic_compile.report.plan_json import to_json
-from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text
+from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text, styled
 from ciuic_compile.types import Plan
 
 LOGGER: Final = logging.getLogger("ciuic_compile")
@@ -24,7 +25,7 @@ _written: dict[str, int] = {}  # path asked for -> plans written for it by this 
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes bare messages to whatever ``sys.stderr`` is at that moment."""
+    """Writes bare messages to whatever ``sys.stderr`` is at that moment; a terminal gets colours."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -32,6 +33,18 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
     @property
     def stream(self) -> TextIO:  # type: ignore[override]  # StreamHandler stores it; we look it up
         return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self.stream.isatty():
+                super().emit(record)
+                return
+            from rich.console import Console
+
+            console = Console(file=self.stream, highlight=False, soft_wrap=True)
+            console.print(styled(self.format(record)))
+        except Exception:
+            self.handleError(record)
 
 
 _handler = _StderrHandler()
@@ -54,12 +67,12 @@ def emit(plan: Plan, config: CompileConfig) -> str | None:
         detail = cast(Literal["short", "full"], config.report)
         _log(lambda: render_text(plan, detail, _columns()))
         return None
-    render = {".json": to_json, ".html": render_html}.get(os.path.splitext(config.report)[1], _full)
+    suffix = _suffix(config.report)
     with _lock:
         number = _written[config.report] = _written.get(config.report, 0) + 1
     path = numbered(config.report, number)
     try:
-        write_atomically(path, render(plan))
+        write_atomically(path, _WRITERS[suffix](plan))
     except OSError as error:
         _attach()
         LOGGER.warning("ciuic: cannot write the plan to %s: %s", path, error)
@@ -79,20 +92,28 @@ def emit_note(text: str, config: CompileConfig) -> None:
 
 def numbered(path: str, number: int) -> str:
     """``plan.json``, then ``plan-2.json``, ``plan-3.json``, ..."""
-    stem, suffix = os.path.splitext(path)
+    suffix = _suffix(path)
+    stem = path.removesuffix(suffix)
     return path if number == 1 else f"{stem}-{number}{suffix}"
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write ``text`` so that a reader of ``path`` sees the old file or the whole new one.
+def _suffix(path: str) -> str:
+    """The suffix that says what to write there: of two that fit (``.json``, ``.trace.json``) the longer."""
+    return max((suffix for suffix in _WRITERS if path.endswith(suffix)), key=len, default="")
+
+
+def write_atomically(path: str, content: str | bytes) -> None:
+    """Write ``content`` so that a reader of ``path`` sees the old file or the whole new one.
 
     Raises:
         OSError: the directory is gone, full or not writable; nothing is left behind.
     """
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
+        if isinstance(content, str):
+            content = content.encode("utf-8", "backslashreplace")
+        with open(temporary, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -102,6 +123,14 @@ def write_atomically(path: str, text: str) -> None:
 
 def _full(plan: Plan) -> str:
     return render_text(plan, "full")
+
+
+_WRITERS: Final[dict[str, Callable[[Plan], str | bytes]]] = {
+    ".json": to_json,
+    ".html": render_html,
+    ".txt": _full,
+    **exports.WRITERS,
+}
 
 
 def _columns() -> int:

@@ -1,4 +1,8 @@
-"""Plans as JSON, schema ``ciuic.plan/1``: equal plans give the same bytes; reading gives an equal plan."""
+"""Plans as JSON, schema ``ciuic.plan/1``: equal plans give the same bytes; reading gives an equal plan.
+
+``schema/plan-1.json`` describes the file to other programs. It is made from the dataclasses:
+``python -m ciuic_compile.report.plan_schema``, after a change of :mod:`ciuic_compile.types`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from enum import Enum
 from typing import Any, Final
 
 from ciuic_compile.errors import PlanFileError
-from ciuic_compile.types import Plan
+from ciuic_compile.types import Plan, Timeline
 
 SCHEMA: Final = "ciuic.plan/1"
 _FAMILY: Final = "ciuic.plan/"
@@ -24,8 +28,9 @@ def to_json(plan: Plan) -> str:
 
     Floats that JSON cannot hold are the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
     """
-    document = {"schema": SCHEMA, "plan": _dump(plan, Plan)}
-    return json.dumps(document, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    lines: list[str] = []
+    _write({"schema": SCHEMA, "plan": _dump(plan, Plan)}, "", "", lines)
+    return "\n".join(lines) + "\n"
 
 
 def from_json(text: str | bytes) -> Plan:
@@ -52,7 +57,48 @@ def from_json(text: str | bytes) -> Plan:
     _check_keys(document, {"schema", "plan"}, "the file")
     plan = _load(document["plan"], Plan, "plan")
     assert isinstance(plan, Plan)
+    if plan.timeline is not None:
+        _check_timeline(plan.timeline)
     return plan
+
+
+def _check_timeline(timeline: Timeline) -> None:
+    for name, track in (("baseline", timeline.baseline), ("planned", timeline.planned)):
+        steps = len(track.steps)
+        for i, block in enumerate(track.blocks):
+            known = block.line is None or 0 <= block.line < len(timeline.lines)
+            if not (known and 0 <= block.first <= block.last < steps):
+                raise PlanFileError(
+                    f"plan file: plan.timeline.{name}.blocks[{i}] is alive at a step, or points at a line, "
+                    f"that there is not ({steps} steps, {len(timeline.lines)} lines); write the plan again"
+                )
+
+
+def _write(data: Any, head: str, indent: str, lines: list[str]) -> None:
+    """``data`` in lines that ``diff`` can follow: an object takes one unless there are objects in it."""
+    if _is_flat(data):
+        text = _compact(data)
+        if not isinstance(data, list) or len(text) <= 100:
+            lines.append(f"{indent}{head}{text}")
+            return
+    brackets = "{}" if isinstance(data, dict) else "[]"
+    lines.append(f"{indent}{head}{brackets[0]}")
+    pairs = sorted(data.items()) if isinstance(data, dict) else [("", item) for item in data]
+    for key, item in pairs:
+        _write(item, f"{_compact(key)}: " if isinstance(data, dict) else "", indent + " ", lines)
+        lines[-1] += ","
+    lines[-1] = lines[-1].removesuffix(",")
+    lines.append(f"{indent}{brackets[1]}")
+
+
+def _is_flat(data: Any) -> bool:
+    if isinstance(data, dict):
+        return all(not isinstance(item, dict) and _is_flat(item) for item in data.values())
+    return not isinstance(data, list) or not any(isinstance(item, (dict, list)) for item in data)
+
+
+def _compact(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, ensure_ascii=True, allow_nan=False)
 
 
 def _dump(value: Any, kind: Any) -> Any:

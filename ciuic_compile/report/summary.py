@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ciuic_compile.report._format import codec_bits, codec_label, short_file, star
-from ciuic_compile.types import Action, Decision, Plan, TensorClass
+from ciuic_compile.types import Action, Block, Decision, Plan, TensorClass, Timeline
 
 KEPT, RECOMPUTED = "kept", "recomputed"
 
@@ -85,6 +85,37 @@ def summarize(plan: Plan) -> Summary:
         changed=tuple(g for g in groups if g.label != KEPT and (g.baseline_bytes or g.saved_bytes)),
         kept=tuple(g for g in groups if g.label == KEPT and g.saved_bytes),
     )
+
+
+def alive_at_peak(timeline: Timeline) -> list[Group]:
+    """What is alive at the planned peak: blocks of one use that the same line of identical layers makes."""
+    members: dict[tuple[str, str, int | None], list[Block]] = {}
+    for block in timeline.planned.alive(timeline.planned.peak_step):
+        members.setdefault((block.role.value, star(block.module), block.line), []).append(block)
+    groups = []
+    for (role, module, _), blocks in members.items():
+        line, nbytes = timeline.line(blocks[0]), sum(b.nbytes for b in blocks)
+        ops = {_op_of(b.id) for b in blocks}
+        groups.append(
+            Group(
+                role,
+                len(blocks),
+                nbytes,
+                0,
+                nbytes,
+                op=ops.pop() if len(ops) == 1 else "",
+                module=blocks[0].module if len({b.module for b in blocks}) == 1 else module,
+                where=f"{short_file(line.file)}:{line.line}" if line.file else "?",
+                code=line.code,
+                reason="",
+            )
+        )
+    return sorted(groups, key=lambda g: (-g.nbytes, g.label, g.module, g.where))
+
+
+def _op_of(block: str) -> str:
+    """The op in a block's id."""
+    return next((part.split("#")[0] for part in reversed(block.split("/")) if "#" in part), "")
 
 
 def merge_rows(label: str, rows: Iterable[Row]) -> Row:

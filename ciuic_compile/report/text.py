@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from ciuic_compile.report._format import (
     ascii_line,
@@ -22,11 +22,15 @@ from ciuic_compile.report.summary import (
     Group,
     Summary,
     action_label,
+    alive_at_peak,
     merge_rows,
     reason_of,
     summarize,
 )
 from ciuic_compile.types import Plan
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 MAX_LINES: Final = 25
 MAX_WIDTH: Final = 120
@@ -35,9 +39,19 @@ _FULL_WIDTH: Final = 240  # the full form goes to files and scrolling terminals
 _WIDE: Final = 110  # columns from which ops and the user's code are shown too
 _MAX_CODECS: Final = 3
 _MAX_CHANGED: Final = 6
-_MAX_KEPT: Final = 3
-_MAX_NOTE_LINES: Final = 4
+_MAX_ALIVE: Final = 4
+_MAX_KEPT: Final = 2
+_MAX_NOTE_LINES: Final = 3
 _MORE: Final = "report='full' shows all"
+
+_STYLES: Final = {
+    r"(?m)^ciuic plan: .*$": "bold",
+    r"(?m)^  (?:alive|largest) .*$": "bold",
+    r"[\d.e+]+x less|within [\d.]+ \w+ budget": "green",
+    r"(?:[\d.e+]+x )?MORE|OVER [\d.]+ \w+ budget": "red",
+    r"(?<=\s)[\w./-]+\.py:\d+": "cyan",
+    r"(?m)^  note: ": "yellow",
+}
 
 Cells = tuple[str, ...]
 
@@ -53,7 +67,7 @@ def render_text(plan: Plan, detail: Literal["short", "full"] = "short", width: i
     full = detail == "full"
     width = max(width, _FULL_WIDTH) if full else min(max(width, MIN_WIDTH), MAX_WIDTH)
     summary = summarize(plan)
-    head = [*_head(plan, full), *_actions(summary, full)]
+    head = [*_head(plan, full, width), *_actions(summary, full), *_alive(plan, width, full)]
     kept = _kept(summary, plan, width, None if full else _MAX_KEPT)
     notes = _notes(plan, width, None if full else _MAX_NOTE_LINES)
     room = None if full else min(_MAX_CHANGED, MAX_LINES - 1 - len(head) - len(kept) - len(notes))
@@ -70,7 +84,17 @@ def render_note(text: str) -> str:
     return crop(f"ciuic: {ascii_line(text)}", MAX_WIDTH) + "\n"
 
 
-def _head(plan: Plan, full: bool) -> list[str]:
+def styled(text: str) -> Text:
+    """A report's text with colours, for a terminal; no letter of it changes."""
+    from rich.text import Text
+
+    coloured = Text(text.rstrip("\n"))
+    for pattern, style in _STYLES.items():
+        coloured.highlight_regex(pattern, style)
+    return coloured
+
+
+def _head(plan: Plan, full: bool, width: int) -> list[str]:
     shapes = "dynamic shapes, sizes as first traced" if plan.dynamic else ""
     title = " | ".join(
         ascii_line(t) for t in (plan.name or "graph", f"mode {plan.mode}", plan.device, shapes) if t
@@ -84,11 +108,12 @@ def _head(plan: Plan, full: bool) -> list[str]:
     tensors = f" in {plan.baseline_saved_count} tensors" if plan.baseline_saved_count else ""
     errors = (percent(plan.gradient_error), percent(plan.gradient_error_bound))
     cost = f"  cost   planned {duration(plan.time_us)} a step; gradient error {errors[0]}"
-    cost += f", any one parameter <= {errors[1]}"
+    cost += f", any parameter's <= {errors[1]}"
     cost += f"; plan within {percent(plan.gap)} of the best" if plan.gap >= 1e-4 else ""
+    uncounted = "parameters and inputs not counted" + ", nor the optimizer" * (width >= _WIDE)
     lines = [
         f"ciuic plan: {title}",
-        "  planned = estimated before the first run; parameters and inputs not counted",
+        f"  planned = estimated before the first run; {uncounted}",
         f"  peak   Inductor {size(peaks[0])}, planned {size(peaks[1])}: {factor(*peaks)}{budget}",
         *_device(plan),
         *_sizes(plan),
@@ -151,6 +176,28 @@ def _actions(summary: Summary, full: bool) -> list[str]:
         (r.label, str(r.count), size(r.nbytes), size(r.baseline_bytes), size(r.saved_bytes)) for r in rows
     ]
     return _table(cells, "lrrrr", MAX_WIDTH)
+
+
+def _alive(plan: Plan, width: int, full: bool) -> list[str]:
+    """What is alive at the peak, and which of the user's lines made it."""
+    if plan.timeline is None:
+        return []
+    track = plan.timeline.planned
+    groups = alive_at_peak(plan.timeline)
+    shown = groups if full else groups[:_MAX_ALIVE]
+    if not shown:
+        return []
+    cells: list[Cells] = []
+    for g in shown:
+        code = ascii_line(g.code) if width >= _WIDE else ""
+        cells.append((size(g.nbytes), g.label, _times(g), *_place(g, width), code))
+    inside = track.peak_step - track.forward_steps
+    phase = "forward" if inside < 0 else "backward"
+    simulated = ", simulated" if plan.replayed else ""
+    rest = sum(g.nbytes for g in groups[len(shown) :])
+    hidden = f"; {size(rest)} more" if rest else ""
+    title = f"  alive at the planned peak ({size(track.peak_bytes)}{simulated}), in the {phase}{hidden}"
+    return [title, *_table(cells, "rlrlll", width)]
 
 
 def _changed(summary: Summary, width: int, limit: int | None) -> list[str]:

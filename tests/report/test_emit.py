@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -47,6 +48,29 @@ def test_plain_process_prints_to_stderr_once(
     assert capsys.readouterr().err == render_text(plan, "full")
     emit_note("inference graph", CompileConfig())
     assert capsys.readouterr().err == "ciuic: inference graph\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_colours_unless_it_wants_none(
+    bare: Callable[[], None], plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    emit(plan, CompileConfig())
+    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[" in written
+    assert re.sub(r"\x1b\[[\d;]*m", "", written) == render_text(plan)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    emit(plan, CompileConfig())
+    plain = re.sub(r"\x1b\[(?:0|1)?m", "", sys.stderr.getvalue())  # type: ignore[attr-defined]
+    assert plain == render_text(plan)  # bold is no colour
 
 
 def test_off_prints_nothing(bare: Callable[[], None], plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

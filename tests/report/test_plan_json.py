@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciuic_compile.errors import PlanFileError
-from ciuic_compile.report import SCHEMA, from_json, to_json
-from ciuic_compile.types import Plan
+from ciuic_compile.report import SCHEMA, from_json, plan_schema, to_json
+from ciuic_compile.types import Environment, Plan
 
 
 @settings(max_examples=60, deadline=None)
@@ -24,6 +25,78 @@ def test_round_trip_is_exact(plans: st.SearchStrategy[Plan], data: st.DataObject
     assert from_json(text) == plan
     assert to_json(from_json(text)) == text
     assert from_json(text.encode()) == plan
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_every_plan_is_valid_by_the_published_schema(
+    plans: st.SearchStrategy[Plan], data: st.DataObject
+) -> None:
+    validator().validate(json.loads(to_json(data.draw(plans))))
+
+
+def validator() -> Any:
+    """Of the schema that the package comes with."""
+    jsonschema = pytest.importorskip("jsonschema", reason="a dependency of development")
+    schema = json.loads(plan_schema.PATH.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_published_schema_is_that_of_the_dataclasses() -> None:
+    assert json.loads(plan_schema.PATH.read_text()) == plan_schema.plan_schema(), (
+        "types.py changed: run python -m ciuic_compile.report.plan_schema"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("baseline_saved_bytes",), 1.5),
+        (("decisions", 0, "action"), "melt"),
+        (("decisions", 0, "storage", "shape"), "8x8"),
+        (("gap",), "many"),
+        (("surprise",), 1),
+    ],
+)
+def test_the_schema_rejects_what_the_reader_rejects(plan: Plan, path: tuple[Any, ...], value: object) -> None:
+    document = json.loads(to_json(plan))
+    assert validator().is_valid(document)
+    place = document["plan"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert not validator().is_valid(document)
+    with pytest.raises(PlanFileError):
+        from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(("field", "value"), [("first", -1), ("last", 3000), ("last", -1), ("line", 100)])
+def test_blocks_outside_of_the_timeline(many: Plan, field: str, value: int) -> None:
+    assert many.timeline is not None
+    track = many.timeline.planned
+    block = replace(track.blocks[1], **{field: value})  # type: ignore[arg-type]
+    track = replace(track, blocks=(track.blocks[0], block))
+    bad = replace(many, decisions=(), timeline=replace(many.timeline, planned=track))
+    with pytest.raises(PlanFileError, match=r"timeline\.planned\.blocks\[1\].*3000 steps, 100 lines"):
+        from_json(to_json(bad))
+
+
+def test_plans_of_two_machines_differ_in_one_place(plan: Plan) -> None:
+    here = Environment("0.1.0", "2.13.0", "3.6.0", "3.11.7", "Linux x86_64", "h200")
+    a, b = (to_json(replace(plan, environment=e)) for e in (here, replace(here, torch="2.12.1")))
+    different = [x for x, y in zip(a.splitlines(), b.splitlines(), strict=True) if x != y]
+    assert len(different) == 1
+    assert different[0].strip().startswith('"environment": {')
+
+
+def test_ten_thousand_tensors_are_written_and_read_quickly(many: Plan) -> None:
+    start = time.process_time()
+    text = to_json(many)
+    again = from_json(text)
+    assert time.process_time() - start < 10
+    assert again == many
+    assert len(text) < 20e6
 
 
 def test_equal_plans_give_equal_bytes(plan: Plan) -> None:

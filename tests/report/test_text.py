@@ -23,6 +23,8 @@ from ciuic_compile.report._format import (
     size,
     star,
 )
+from ciuic_compile.report.summary import alive_at_peak
+from ciuic_compile.report.text import styled
 from ciuic_compile.types import Action, Decision, Plan, Price, Source, Storage, TensorClass
 
 EMPTY = Plan("", "off", (), 0, 0, 0, 0, 0.0, 0.0, 0.0)
@@ -45,7 +47,7 @@ def test_short_says_what_a_reader_asks(plan: Plan) -> None:
         "planned = estimated before the first run",
         "peak   Inductor 900 MiB, planned 640 MiB: 1.41x less; within 700 MiB budget",
         "saved  Inductor 692 MiB in 7 tensors, planned 550 MiB: 1.26x less",
-        "planned +30 us a step; gradient error 1.3%, any one parameter <= 5%",
+        "planned +30 us a step; gradient error 1.3%, any parameter's <= 5%",
         "128 MiB -> 34.0 MiB  INT4        2x  blocks.*.mlp (aten.mm)",
         "llama/model.py:57  gate = self.gate(x)",
         "only the loss is computed from it",
@@ -67,6 +69,32 @@ def test_a_usual_terminal_loses_nothing_important(plan: Plan) -> None:
     assert "<= 5%" in text
     assert "model.py:57" in text
     assert "..." not in text.split("largest")[0]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_alive_at_the_peak_names_the_users_lines(small: Plan, width: int) -> None:
+    text = render_text(small, width=width)
+    fits(text, columns=width)
+    assert small.timeline is not None
+    track = small.timeline.planned
+    (title,) = [line for line in text.splitlines() if "alive at the planned peak" in line]
+    assert size(track.peak_bytes) in title
+    rows = text.splitlines()[text.splitlines().index(title) + 1 :][:4]
+    assert all("part" in row and ".py:" in row for row in rows)
+    groups = alive_at_peak(small.timeline)
+    assert sum(g.nbytes for g in groups) == track.peak_bytes
+    assert [row.split("  ")[2].strip() for row in rows] == [size(g.nbytes) for g in groups[:4]]
+    every = [line for line in render_text(small, "full").splitlines() if "net/part" in line]
+    assert len(every) >= len(groups)
+
+
+def test_colour_is_for_terminals_and_changes_no_letter(plan: Plan) -> None:
+    text = render_text(plan)
+    coloured = styled(text)
+    assert coloured.plain == text.rstrip("\n")
+    styles = {coloured.plain[s.start : s.end]: str(s.style) for s in coloured.spans}
+    assert "green" in styles["1.41x less"]
+    assert "red" in {str(s.style) for s in styled(render_text(replace(plan, budget_bytes=1))).spans}
 
 
 def test_over_budget_and_worse_than_inductor_is_said(plan: Plan) -> None:

@@ -1,0 +1,295 @@
+"""``ciuic-baseline.json``: what was accepted, entry by entry, in a form that git diffs and merges well.
+
+Schema ``ciuic.baseline/1`` (``baseline.schema.json``). Every row of storages, every file and every acceptance
+is one line, in an order that does not depend on the plan, so that a change of one line of a model is a
+change of a few lines here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from ciuic_compile.errors import BaselineError, OutputError
+from ciuic_compile.gate.record import Fixed, Place, Record, Row
+from ciuic_compile.gate.source_lines import Text
+from ciuic_compile.report.emit import write_atomically
+
+SCHEMA: Final = "ciuic.baseline/1"
+_FAMILY: Final = "ciuic.baseline/"
+_BLANK: Final = "."  # in place of a line without code
+_FIGURES: Final = (
+    "peak_bytes",
+    "saved_bytes",
+    "inductor_peak_bytes",
+    "inductor_saved_bytes",
+    "input_bytes",
+    "time_us",
+    "error",
+    "graphs",
+)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Who looked at a change and found it right: why, when (ISO date, UTC), and what the peak was before."""
+
+    date: str
+    reason: str
+    peak_bytes: int
+    before_bytes: int | None = None
+    torch: str = ""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """One entry of a baseline; the newest acceptance is the last."""
+
+    record: Record
+    history: tuple[Acceptance, ...] = ()
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A whole baseline file."""
+
+    entries: Mapping[str, Accepted] = field(default_factory=dict)
+
+    def accept(self, name: str, record: Record, reason: str, date: str) -> Baseline:
+        """A baseline with this entry's new record; its history grows by one acceptance."""
+        old = self.entries.get(name)
+        before = old.record.peak_bytes if old else None
+        new = Acceptance(date, reason, record.peak_bytes, before, record.environment.get("torch", ""))
+        history = (*(old.history if old else ()), new)
+        return replace(self, entries={**self.entries, name: Accepted(record, history)})
+
+
+def schema() -> dict[str, Any]:
+    """The published JSON schema (draft 2020-12)."""
+    text = resources.files("ciuic_compile.gate").joinpath("baseline.schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def load(path: Path) -> Baseline:
+    """Read a baseline.
+
+    Raises:
+        BaselineError: missing, not JSON, truncated, of another version, or a field missing or mistyped.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BaselineError(
+            f"{path} does not exist: nothing has been accepted yet\n"
+            "  fix: ciuic accept --all -m 'first baseline', and commit the file"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BaselineError(
+            f"{path} cannot be read: {error}\n  fix: restore it from version control"
+        ) from error
+    return loads(text, str(path))
+
+
+def loads(text: str, path: str = "the baseline") -> Baseline:
+    """Read a baseline's text; ``path`` is what errors call it."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = "empty" if not text.strip() else "not valid JSON"
+        if any(mark in text for mark in ("<<<<<<< ", ">>>>>>> ")):
+            what = "left with a merge conflict in it"
+        raise BaselineError(
+            f"{path} is {what}, perhaps truncated: {error}\n"
+            "  fix: restore it from version control, or delete it and accept again"
+        ) from error
+    found = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(found, str) or not found.startswith(_FAMILY):
+        raise BaselineError(f"{path} is no baseline: its 'schema' is {found!r}, expected {SCHEMA!r}")
+    if found != SCHEMA:
+        raise BaselineError(
+            f"{path} was written by another version of ciuic-compile: schema {found!r}, this version reads "
+            f"{SCHEMA!r}\n  fix: install the version that wrote it, or delete it and accept again"
+        )
+    try:
+        return Baseline({name: _accepted(entry) for name, entry in document["entries"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise BaselineError(
+            f"{path} does not follow schema {SCHEMA!r} ({detail})\n  fix: restore it from version control"
+        ) from error
+
+
+def save(baseline: Baseline, path: Path) -> None:
+    """Write a baseline, all of it or nothing.
+
+    Raises:
+        OutputError: it cannot be written; the file is as it was.
+    """
+    try:
+        write_atomically(str(path), dumps(baseline))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; it is as it was") from error
+
+
+def same(old: Record, new: Record) -> bool:
+    """Whether two records would be written alike."""
+    return _entry(Accepted(old)) == _entry(Accepted(new))
+
+
+def dumps(baseline: Baseline) -> str:
+    """The text of a baseline: equal baselines give equal text."""
+    entries = [f"  {_json(name)}: {_entry(baseline.entries[name])}" for name in sorted(baseline.entries)]
+    body = ",\n".join(entries)
+    return f'{{\n "schema": {_json(SCHEMA)},\n "entries": {{\n{body}\n }}\n}}\n'
+
+
+def _entry(accepted: Accepted) -> str:
+    r = accepted.record
+    lines = [
+        f'"target": {_json(r.target)}',
+        f'"settings": {_json(r.settings)}',
+        f'"environment": {_json(r.environment)}',
+    ]
+    lines += [f'"{name}": {_json(_number(getattr(r, name)))}' for name in _FIGURES]
+    lines += [f'"dynamic": {_json(r.dynamic)}']
+    lines.append(_list("inputs", [_fixed(f) for f in r.inputs]))
+    lines.append(_list("parameters", [_fixed(f) for f in r.parameters]))
+    lines.append(_list("storages", [_row(row) for row in sorted(r.rows, key=lambda row: row.place)]))
+    lines.append(_object("files", {name: _hashes(text) for name, text in sorted(r.files.items())}))
+    lines.append(_list("history", [_acceptance(a) for a in accepted.history]))
+    body = ",\n".join(f"   {line}" for line in lines)
+    return f"{{\n{body}\n  }}"
+
+
+def _list(name: str, items: list[dict[str, Any]]) -> str:
+    body = ",\n".join(f"    {_json(item)}" for item in items)
+    return f'"{name}": [\n{body}\n   ]' if items else f'"{name}": []'
+
+
+def _object(name: str, items: dict[str, str]) -> str:
+    body = ",\n".join(f"    {_json(key)}: {_json(value)}" for key, value in items.items())
+    return f'"{name}": {{\n{body}\n   }}' if items else f'"{name}": {{}}'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)
+
+
+def _number(value: float | int) -> float | str:
+    if type(value) is int:
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+
+
+def _fixed(f: Fixed) -> dict[str, Any]:
+    return {"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "count": f.count, "bytes": f.nbytes}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    p = row.place
+    return {
+        "id": f"{p.module}/{p.op}",
+        "dtype": p.dtype,
+        "shapes": [list(s) for s in row.shapes],
+        "count": row.count,
+        "bytes": row.nbytes,
+        "saved": row.saved,
+        "inductor_saved": row.inductor_saved,
+        "peak": row.peak,
+        "inductor_peak": row.inductor_peak,
+        "returned": row.returned,
+        "how": row.codecs,
+        "source": f"{p.file}:{p.line}" if p.file else "",
+        "code": p.code,
+    }
+
+
+def _acceptance(a: Acceptance) -> dict[str, Any]:
+    return {
+        "date": a.date, "reason": a.reason, "peak_bytes": a.peak_bytes, "before_bytes": a.before_bytes,
+        "torch": a.torch,
+    }  # fmt: skip
+
+
+def _hashes(text: Text) -> str:
+    pairs = map("".join, zip(text.hashes, text.shapes, strict=True))
+    every = dict(zip(text.numbers, pairs, strict=True))
+    return " ".join(every.get(i, _BLANK) for i in range(1, max(every, default=0) + 1))
+
+
+def _accepted(data: Any) -> Accepted:
+    figures = {name: _figure(data[name], float if name in ("time_us", "error") else int) for name in _FIGURES}
+    record = Record(
+        target=_is(data["target"], str),
+        settings=_is(data["settings"], dict),
+        environment={key: _is(value, str) for key, value in data["environment"].items()},
+        **figures,
+        dynamic=_is(data["dynamic"], bool),
+        inputs=tuple(map(_read_fixed, data["inputs"])),
+        parameters=tuple(map(_read_fixed, data["parameters"])),
+        rows=tuple(map(_read_row, data["storages"])),
+        files={name: _read_hashes(hashes) for name, hashes in data["files"].items()},
+    )
+    history = tuple(
+        Acceptance(
+            date=_is(a["date"], str),
+            reason=_is(a["reason"], str),
+            peak_bytes=_figure(a["peak_bytes"], int),
+            before_bytes=a["before_bytes"],
+            torch=_is(a["torch"], str),
+        )
+        for a in data["history"]
+    )
+    return Accepted(record, history)
+
+
+def _is(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, found {str(value)[:40]!r}")
+    return value
+
+
+def _figure(value: Any, kind: type) -> Any:
+    if kind is float:
+        number = float(value) if value in ("inf", "-inf", "nan") or isinstance(value, (int, float)) else None
+    else:
+        number = value if type(value) is int and value >= 0 else None
+    if number is None:
+        raise TypeError(f"expected a number, found {str(value)[:40]!r}")
+    return number
+
+
+def _read_fixed(f: Any) -> Fixed:
+    return Fixed(
+        _is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int)
+    )
+
+
+def _read_row(r: Any) -> Row:
+    module, _, op = _is(r["id"], str).rpartition("/")
+    file, _, line = _is(r["source"], str).rpartition(":")
+    place = Place(module, op, _is(r["dtype"], str), _is(r["code"], str), file, int(line or 0))
+    figures = {
+        name: _figure(r[name], int)
+        for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")
+    }
+    shapes = tuple(tuple(shape) for shape in r["shapes"])
+    return Row(place, nbytes=_figure(r["bytes"], int), codecs=_is(r["how"], str), shapes=shapes, **figures)
+
+
+def _read_hashes(text: Any) -> Text:
+    found = [(i, h) for i, h in enumerate(_is(text, str).split(), 1) if h != _BLANK]
+<<<<<<< HEAD
+    return Text(
+        tuple(h[:6] for _, h in found), tuple(i for i, _ in found), (), (), tuple(h[6:] for _, h in found)
+    )
+=======
+    exact, shapes = tuple(h[:6] for _, h in found), tuple(h[6:] for _, h in found)
+    return Text(exact, tuple(i for i, _ in found), (), shapes=shapes)
+>>>>>>> plugin
