@@ -35,11 +35,18 @@ Kernel = Callable[..., Any]
 def as_cuda() -> Iterator[None]:
     """In this block CPU tensors are attended to and autocast as CUDA's; ``autocast("cuda")`` is for them."""
     library = Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
+    changed: list[Any] = []
+
+    def register(name: str, kernel: Kernel, key: str) -> None:
+        library.impl(name, kernel, key)
+        changed.append(_overload(name))
+
+    register("scaled_dot_product_attention", _attention, "AutogradCPU")
     for policy, names in autocast_ops().items():
         for name in names:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
-                library.impl(name, _KERNELS[policy](_overload(name)), "AutocastCPU")
+                register(name, _KERNELS[policy](_overload(name)), "AutocastCPU")
+    _forget_dispatch(changed)
     autocast = torch.amp.autocast_mode.autocast
     real = autocast.__init__
 
@@ -56,6 +63,13 @@ def as_cuda() -> Iterator[None]:
             yield
     finally:
         library._destroy()
+        _forget_dispatch(changed)
+
+
+def _forget_dispatch(ops: list[Any]) -> None:
+    """Look kernels up anew: torch's Python dispatcher, on in tracing, remembers what it found."""
+    for op in ops:
+        op._dispatch_cache.clear()
 
 
 @functools.cache

@@ -62,13 +62,15 @@ def build(
     dtype = _dtype(name, shape.dtype, config)
     if not hasattr(config, "decoder_start_token_id") and getattr(config, "is_encoder_decoder", False):
         config.decoder_start_token_id = 0  # a checkpoint's configuration has one; no value is looked at
+    asked = shape.checkpointing
+    if asked is None:  # building the model takes it out of the configuration
+        asked = bool(getattr(config, "gradient_checkpointing", False))
     where = torch.device("meta") if device is None else device
     head = _head(name, transformers, config)
     try:
         with torch.device(where):
             model: nn.Module = getattr(transformers, head).from_config(config, dtype=dtype)
-            asked = getattr(config, "gradient_checkpointing", False)
-            _checkpoint(model, bool(asked) if shape.checkpointing is None else shape.checkpointing)
+            _checkpoint(model, asked)
             model.train()
             if head == "AutoModelForCausalLM" and getattr(model, "loss_type", None) is None:
                 model.loss_type = "ForCausalLM"  # type: ignore[assignment]  # the default; asked for, it is taken without a warning

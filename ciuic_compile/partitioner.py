@@ -49,7 +49,10 @@ class CiuicPartitioner(CustomPartitionerFn):
         plan: the plan, once called; None when nothing in the graph depends on gradients.
         joint: how the rewritten graphs belong together.
         called: whether Inductor asked at all (on a cache hit it does not).
+        lowers: whether what is returned can be run; otherwise codecs are markers in it.
     """
+
+    lowers = True
 
     def __init__(self, config: CompileConfig, key: str, name: str, correction: int = 0) -> None:
         self._config = config
@@ -120,6 +123,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             self._correction,
             chosen.draft,
             whole.pair,
+            lower=self.lowers,
         )
         self.joint = joint_of(chosen.graphs)
         return chosen.graphs.forward, chosen.graphs.backward
@@ -332,12 +336,15 @@ def plan_and_rewrite(
     correction: int = 0,
     draft: Draft | None = None,
     pair: Graphs | None = None,
+    *,
+    lower: bool = True,
 ) -> Plan:
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
 
     Args:
         draft: that of these graphs, where it was already made.
         pair: Inductor's own partition of the user's graph; the plan has no timeline without it.
+        lower: whether the graphs are to be run; if not, codecs stay markers, and nothing is audited.
 
     Raises:
         VerificationError: the rewritten graphs save other bytes than the plan says, or keep more alive.
@@ -345,7 +352,8 @@ def plan_and_rewrite(
     draft = draft or make_draft(model, selection, graphs, correction)
     selection = replace(selection, saved=draft.saved)
     codecs, planned, added = draft.codecs, draft.planned, draft.added
-    notes = run_pipeline(graphs, default_passes(codecs.by_name, model.kind))
+    passes = default_passes(codecs.by_name, model.kind)
+    notes = run_pipeline(graphs, passes if lower else passes[:-1])
     stored = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     plan = make_plan(name, model, selection, codecs, baseline, planned, model.device, notes)
     plan = replace(
@@ -362,6 +370,8 @@ def plan_and_rewrite(
             planned_saved_bytes=plan.planned_saved_bytes + added,
             notes=(*plan.notes, f"{added} bytes of it are RNG states that torch saves to replay random ops"),
         )
+    if not lower:
+        return symbolized(plan, model, baseline, planned, stored, added)
     audited = audit(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
     try:
         check(audited, plan.planned_saved_bytes, plan.simulated_peak_bytes)

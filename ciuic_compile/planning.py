@@ -122,7 +122,9 @@ def user_frame(error: BaseException) -> str:
 
 
 class _Planner(CiuicPartitioner):
-    """Partitions graphs that nobody will run: none of them needs Python code."""
+    """Partitions graphs that nobody will run: none of them needs Python code, or codecs as operations."""
+
+    lowers = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any

@@ -96,7 +96,11 @@ def test_a_plan_for_a_gpu_has_the_gpus_attention() -> None:
                 out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
                 return self.norm(out.transpose(1, 2).reshape(4, 128, 64))
 
-    (gpu,) = plan(Attention(), torch.empty(4, 128, 64), torch.sum, options={"min_bytes": 0}, device="h200")
+    x = torch.empty(4, 128, 64)
+    (cpu,) = plan(Attention(), x, torch.sum, options={"min_bytes": 0}, device="cpu")
+    (gpu,) = plan(Attention(), x, torch.sum, options={"min_bytes": 0}, device="h200")
+    (again,) = plan(Attention(), x, torch.sum, options={"min_bytes": 0}, device="cpu")
+    assert again.decisions == cpu.decisions != gpu.decisions
     kinds = {(d.storage.shape, d.storage.dtype, d.storage.kind.value) for d in gpu.decisions}
     assert ((4, 2, 128), "float32", "statistic") in kinds, "log of the softmax's sums"
     assert ((2,), "uint64", "index") in kinds, "state of the random numbers"

@@ -162,6 +162,14 @@ def test_wrong_options(given: dict[str, Any]) -> None:
 def test_dynamic_sizes_and_autocast() -> None:
     (made,) = plan(Mlp(), torch.randn(128, 64), torch.sum, options=SMALL, dynamic=True)
     assert made.dynamic and "s" in made.symbolic_saved_bytes
+    torch._dynamo.reset()
+    with interpreted():
+        ours = {"report": "off", **SMALL}
+        model = Mlp()
+        torch.compile(lambda batch: model(batch).sum(), backend="ciuic", options=ours, dynamic=True)(
+            torch.randn(128, 64)
+        )
+    assert made.symbolic_saved_bytes == ciuic_compile.plans()[-1].symbolic_saved_bytes
     (half,) = plan(Mlp(), torch.randn(128, 64), torch.sum, options=SMALL, autocast="bfloat16")
     assert "bfloat16" in {d.storage.dtype for d in half.decisions}
 

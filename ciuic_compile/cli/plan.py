@@ -62,7 +62,7 @@ def rendered(plans: tuple[Plan, ...], wanted: Mapping[str, str]) -> dict[str, st
     renderers: dict[str, Callable[[Plan], str]] = {
         "json": report.to_json,
         "html": report.render_html,
-        "md": lambda plan: f"```text\n{report.render_text(plan, 'full').strip()}\n```\n",
+        "md": report.to_markdown,
     }
     return {
         path: renderers[kind](plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from typing import Any
 
 from ciuic_compile.errors import OptionError, nearest
 from ciuic_compile.report._format import (
@@ -19,7 +18,7 @@ from ciuic_compile.report._format import (
     star,
 )
 from ciuic_compile.report.summary import action_label, reason_of
-from ciuic_compile.types import Action, Decision, Plan, TensorClass
+from ciuic_compile.types import Action, Block, Decision, Line, Plan, Source, TensorClass, Timeline
 
 _SHOWN = 15
 _HARD = (TensorClass.INPUT, TensorClass.INDEX, TensorClass.STATISTIC)
@@ -32,11 +31,10 @@ def explain_peak(plan: Plan, width: int = 120) -> str:
         f"  planned peak {size(plan.planned_peak_bytes)}, Inductor's {size(plan.baseline_peak_bytes)}",
         f"  parameters and inputs, {size(plan.input_bytes)}, not counted",
     ]
-    timeline: Any = getattr(plan, "timeline", None)
-    if timeline is None:
+    if plan.timeline is None:
         lines += ["  saved for the backward, largest first:", *_saved(plan, width)]
     else:
-        lines += _alive(timeline, width)
+        lines += _alive(plan.timeline, width)
     return "\n".join([*lines, *(f"  {line}" for line in _advice(plan))]) + "\n"
 
 
@@ -78,7 +76,7 @@ def nothing_named(what: str, plans: Sequence[Plan]) -> OptionError:
 
 def _names(what: str, decision: Decision) -> bool:
     storage = decision.storage
-    if what in (storage.name, getattr(storage, "id", None)):
+    if what in (storage.name, storage.id):
         return True
     file, colon, line = what.rpartition(":")
     if colon and line.isdigit():
@@ -88,13 +86,13 @@ def _names(what: str, decision: Decision) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:end]), what) for end in range(1, len(parts) + 1))
 
 
-def _alive(timeline: Any, width: int) -> list[str]:
+def _alive(timeline: Timeline, width: int) -> list[str]:
     track = timeline.planned
     step = track.peak_step
     half, at, of = "forward", step + 1, track.forward_steps
     if step >= track.forward_steps:
         half, at, of = "backward", step - track.forward_steps + 1, len(track.steps) - track.forward_steps
-    groups: dict[tuple[str, ...], list[Any]] = {}
+    groups: dict[tuple[str, ...], list[Block]] = {}
     for block in track.alive(step):
         line = timeline.line(block)
         where = _where(line)
@@ -136,8 +134,8 @@ def _ascii(text: str) -> str:
     return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def _where(source: Any) -> str:
-    """``file:line`` of a ``Source`` or a timeline's ``Line``."""
+def _where(source: Source | Line) -> str:
+    """``file:line``, or ``?``."""
     return f"{short_file(source.file)}:{source.line}" if source.file else "?"
 
 

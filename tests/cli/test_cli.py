@@ -113,7 +113,8 @@ def test_explain_the_peak_a_line_and_a_module(train: Path, ciuic: Ciuic) -> None
     common = ("explain", "train.py:make_model", "--option", "min_bytes=0", "--device", "h200")
     ran = ciuic(*common)
     assert ran.status == 0, ran.err
-    assert "planned peak" in ran.out and "what would change it" in ran.out and "train.py:13" in ran.out
+    assert "alive at the simulated peak" in ran.out and "what would change it" in ran.out
+    assert re.search(r"saved INT\d +\*\.up +train.py:13  wide", ran.out), ran.out
     for what in ("train.py:13", "*.up", "0.up"):
         ran = ciuic(*common, what)
         assert ran.status == 0, ran.err
