@@ -123,7 +123,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             self._correction,
             chosen.draft,
             whole.pair,
-            lower=self.lowers,
+            self.lowers,
         )
         self.joint = joint_of(chosen.graphs)
         return chosen.graphs.forward, chosen.graphs.backward
@@ -336,7 +336,6 @@ def plan_and_rewrite(
     correction: int = 0,
     draft: Draft | None = None,
     pair: Graphs | None = None,
-    *,
     lower: bool = True,
 ) -> Plan:
     """Choose codecs for a partitioned graph, rewrite it in place, audit it and return the plan.
