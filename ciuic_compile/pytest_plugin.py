@@ -1,4 +1,4 @@
-"""pytest plugin: limits on planned memory as marks, plans as a fixture (docs/pytest.md).
+"""pytest plugin: limits on planned memory as marks, plans as a fixture (docs/testing.md).
 
 pytest imports it wherever ciuic-compile is installed, so torch is imported only for tests that plan.
 """
