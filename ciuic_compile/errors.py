@@ -40,6 +40,10 @@ class VerificationError(CiuicError):
     """A rewritten graph is not what the plan says; compiling stops rather than run it."""
 
 
+class PeakDisagreementError(VerificationError):
+    """An independent account of the rewritten graphs has a higher peak than the plan; the plan says so."""
+
+
 class CalibrationError(CiuicError):
     """Nothing could be measured: no gradients, no batch, or no loss."""
 

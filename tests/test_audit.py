@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ciuic_compile import partitioner
 from ciuic_compile.audit import audit, check
-from ciuic_compile.errors import VerificationError
+from ciuic_compile.errors import PeakDisagreementError, VerificationError
 from ciuic_compile.partitioner import plan_and_rewrite
 from ciuic_compile.passes import Graphs, PlaceDecodes, default_passes
 from tests.stages import Stage, stage
@@ -137,29 +137,35 @@ def kept_wide(graphs: Graphs) -> None:
 @pytest.mark.parametrize(
     ("wrong", "mode", "message"),
     [
-        (not_freed, "lossless", "keep .* alive"),
         (saved_too_much, "lossless", "save"),
         (original_still_alive, "4:1", "save"),
-        (wide_early, "lossless", "keep .* alive"),
         (kept_wide, "4:1", "save"),
     ],
 )
 def test_wrong_rewrites_are_refused(wrong: Callable[[Graphs], None], mode: str, message: str) -> None:
     with pytest.raises(VerificationError, match=f"graph: the rewritten graphs {message}"):
-        rewritten(mode, wrong, LONG if wrong is wide_early else ())
+        rewritten(mode, wrong)
 
 
-def test_a_pipeline_that_decodes_at_the_start_is_refused() -> None:
+@pytest.mark.parametrize("wrong", [not_freed, wide_early])
+def test_a_higher_peak_by_this_account_is_said(wrong: Callable[[Graphs], None]) -> None:
+    """It may be this account that is wrong: the replay of Inductor's own allocations decides."""
+    shape = LONG if wrong is wide_early else ()
+    with mock.patch.object(partitioner, "check", side_effect=check) as checked:
+        rewritten("lossless", wrong, shape)
+    with pytest.raises(PeakDisagreementError, match="keep .* alive"):
+        check(*checked.call_args.args)
+
+
+def test_the_plan_of_a_pipeline_that_decodes_at_the_start_says_so() -> None:
     def passes(codecs: dict[str, str], kind: str | None = None) -> list[object]:
         return [p for p in default_passes(codecs, kind) if not isinstance(p, PlaceDecodes)]
 
     here = found("4:1", *LONG)
     draft = partitioner.make_draft(here.model, here.selection, here.graphs())
-    with (
-        mock.patch.object(partitioner, "default_passes", passes),
-        pytest.raises(VerificationError, match="alive"),
-    ):
-        plan_and_rewrite("graph", here.model, here.selection, here.baseline, here.graphs(), 0, draft)
+    with mock.patch.object(partitioner, "default_passes", passes):
+        plan = plan_and_rewrite("graph", here.model, here.selection, here.baseline, here.graphs(), 0, draft)
+    assert "alive at once by an independent account" in " ".join(plan.notes)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -179,7 +185,7 @@ def test_what_is_above_the_allowance_is_refused() -> None:
     graphs = rewritten("lossless")
     audited = audit(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
     check(audited, audited.saved, audited.peak)
-    with pytest.raises(VerificationError, match="alive"):
+    with pytest.raises(PeakDisagreementError, match="alive"):
         check(audited, audited.saved, audited.peak // 2)
     with pytest.raises(VerificationError, match="save"):
         check(audited, audited.saved - 1, audited.peak)

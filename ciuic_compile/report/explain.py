@@ -125,7 +125,8 @@ def _saved(plan: Plan, width: int) -> list[str]:
 
 def _row(nbytes: int, count: int, what: str, module: str, where: str, code: str, width: int) -> str:
     times = f"{count}x" if count > 1 else ""
-    text = f"  {size(nbytes):>10} {times:>5} {what:<16} {crop(module, 32):<32} {where}  {code}"
+    room = 32 if width >= 100 else 16  # the line of the user's program must not be cut off
+    text = f"  {size(nbytes):>10} {times:>5} {what:<16} {crop(module, room):<{room}} {where}  {code}"
     return crop(_ascii(text), width)
 
 
