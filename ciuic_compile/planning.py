@@ -190,7 +190,7 @@ def _run_on_fakes(
             torch.compile(step, backend=backend, dynamic=dynamic)(inputs)
         except compat_fake.BackendCompilerFailed:
             raise  # a bug of ours
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if failed:  # as it was raised; Dynamo adds advice to it
                 raise failed[0] from failed[0].__cause__
             raise _of_users(error) from error
@@ -204,7 +204,7 @@ def _finished(plan: Plan, example_inputs: Sequence[object]) -> Plan:
     return replace(plan, notes=(*plan.notes, SIMULATED))
 
 
-def _of_users(error: Exception) -> TargetError:
+def _of_users(error: BaseException) -> TargetError:
     where = user_frame(error)
     said = " ".join(str(error).split())[:500]
     return TargetError(

@@ -78,7 +78,7 @@ def load(
     try:
         with context:
             made = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) there is no verdict
         raise _failed(name, f"{function_name}() failed", error) from error
     return _checked(name, function_name, made)
 

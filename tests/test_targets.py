@@ -69,6 +69,36 @@ def test_a_checkpoint_may_be_loaded() -> None:
     assert model.weight.is_meta
 
 
+@pytest.mark.parametrize("where", ["import", "function", "forward"])
+def test_a_program_that_exits_is_an_error(tmp_path: Path, where: str) -> None:
+    """With status 0, too: `ciuic check` would pass, and judge no entry after it."""
+    leave = {name: "sys.exit(0)" if name == where else "pass" for name in ("import", "function", "forward")}
+    (tmp_path / "leaves.py").write_text(
+        f"""import sys
+import torch
+from torch import nn
+{leave["import"]}
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+    def forward(self, x):
+        {leave["forward"]}
+        return self.linear(x).sum()
+def f():
+    {leave["function"]}
+    return Model(), torch.randn(2, 4)
+"""
+    )
+
+    def planned() -> None:
+        made = targets.load(f"{tmp_path / 'leaves.py'}:f")
+        plan(made.model, made.inputs)
+
+    with pytest.raises(TargetError, match="(?i)exit"):
+        planned()
+
+
 def test_a_module_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

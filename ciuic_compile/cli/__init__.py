@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_codes.PASS
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's module that exits must not pass for a verdict
         return _failed(error, args.traceback)
 
 
@@ -91,7 +91,7 @@ def _taken_late(args: argparse.Namespace, late: Sequence[str]) -> bool:
     return True
 
 
-def _failed(error: Exception, show: bool) -> int:
+def _failed(error: BaseException, show: bool) -> int:
     if show:
         traceback.print_exception(error)
     elif isinstance(error, CiuicError):

@@ -103,6 +103,14 @@ def test_another_torch_is_told_apart_from_a_change_of_code() -> None:
     assert holds.status is Status.PASS and "the figures hold" in holds.details[0]
 
 
+def test_another_torch_is_no_excuse_for_a_limit_that_is_not_relative() -> None:
+    newer = replace(BEFORE, peak_bytes=9999, environment={**BEFORE.environment, "torch": "2.14.0"})
+    for environment in ("warn", "fail"):
+        found = judged(newer, replace(ENTRY, limits=Limits(hard_limit=1)), environment=environment)
+        assert (found.status, found.exit_code) == (Status.REGRESSION, 1)
+        assert not any("your code as well" in line for line in found.details)
+
+
 def test_python_and_the_builds_of_torch_are_no_other_environment() -> None:
     assert judged(replace(BEFORE, environment={**BEFORE.environment, "python": "3.12"})).details == ()
 

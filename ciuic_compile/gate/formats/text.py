@@ -43,5 +43,5 @@ def _check(check: Check, command: str) -> list[str]:
             lines.append("  also:")
             lines += [f"    {culprit_line(c)}" for c in check.culprits[1:]]
     if check.fix:
-        lines.append(f"  {check.fix}")
+        lines.append(f"  {ascii_line(check.fix)}")
     return lines
