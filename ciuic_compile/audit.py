@@ -180,8 +180,10 @@ class _Lifetimes:
         Two nodes that have one fake value are not one storage: a copy of a node has the node's.
         """
         inherited: dict[int, int] = {}
-        for source in node.all_input_nodes:
-            inherited.update(self._storages[source])
+        # Two calls of one subgraph have one fake result; it may not be an alias of what the call is given.
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            for source in node.all_input_nodes:
+                inherited.update(self._storages[source])
         found = {}
         for value in _tensors(node.meta.get("val")):
             identity = value.untyped_storage()._cdata
