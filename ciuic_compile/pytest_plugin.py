@@ -319,7 +319,7 @@ class _Summary:
 
         path = _baseline_path(self._config)
         try:
-            accepted = baseline.load(path) if path.exists() else baseline.Baseline()
+            accepted = baseline.load_if_there(path)
             today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
             count = 0
             for text in self._records.values():

@@ -31,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan the entries and write them to the baseline; all of them or none."""
-    from ciuic_compile.errors import BaselineError
     from ciuic_compile.gate import baseline, settings
     from ciuic_compile.gate.compare import measure
     from ciuic_compile.gate.plan_entry import plan_entry
@@ -42,12 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("accept needs either names of entries or --all\n  fix: ciuic accept NAME -m WHY")
     found = settings.load(args.config)
     path = args.baseline or found.baseline
-    try:
-        before = baseline.load(path)
-    except BaselineError:
-        if path.exists():
-            raise
-        before = baseline.Baseline()
+    before = baseline.load_if_there(path)
     after = before
     if args.all:
         known = {entry.name for entry in found.entries}

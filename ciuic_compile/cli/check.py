@@ -31,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan the entries, compare them with the baseline, say what was found."""
-    from ciuic_compile.errors import BaselineError
     from ciuic_compile.gate import baseline, settings
     from ciuic_compile.gate.compare import exit_code
     from ciuic_compile.gate.formats import Outcome
@@ -40,14 +39,8 @@ def run(args: argparse.Namespace) -> int:
     found = settings.load(args.config)
     entries = found.chosen(args.names)
     path = args.baseline or found.baseline
-    try:
-        accepted = baseline.load(path)
-    except BaselineError:
-        if path.exists():
-            raise
-        accepted = (
-            baseline.Baseline()
-        )  # each entry is then told to have none; a hard_limit holds all the same
+    # without a baseline each entry is told to have none; a hard_limit holds all the same
+    accepted = baseline.load_if_there(path)
     checks = tuple(_check(entry, found, accepted.entries.get(entry.name)) for entry in entries)
     known = {entry.name for entry in found.entries}
     notes = tuple(

@@ -76,6 +76,11 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
+def load_if_there(path: Path) -> Baseline:
+    """The baseline at a path; an empty one where there is no file. Raises as :func:`load`."""
+    return load(path) if path.exists() else Baseline()
+
+
 def load(path: Path) -> Baseline:
     """Read a baseline.
 
