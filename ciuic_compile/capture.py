@@ -11,6 +11,8 @@ from torch import fx
 from . import compat, ops
 from .codecs.base import Size
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class CapturedGraph:
@@ -78,9 +80,24 @@ class CapturedGraph:
         return node in self.info.tangents_closure
 
 
+#: Backward ops that ask their second operand, the forward's input, for nothing but its shape.
+SHAPE_ONLY = {
+    aten.max_pool2d_with_indices_backward, aten.max_pool3d_with_indices_backward,
+    aten.avg_pool2d_backward, aten.avg_pool3d_backward,
+    aten._adaptive_avg_pool2d_backward, aten._adaptive_avg_pool3d_backward,
+    aten.adaptive_max_pool2d_backward, aten.adaptive_max_pool3d_backward,
+    aten.reflection_pad1d_backward, aten.reflection_pad2d_backward, aten.reflection_pad3d_backward,
+    aten.replication_pad1d_backward, aten.replication_pad2d_backward, aten.replication_pad3d_backward,
+}  # fmt: skip
+
+
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values the node's is computed from: all that it reads, but what it only waits for."""
-    return node.all_input_nodes[: 1 if node.target is ops.AFTER else None]
+    """The nodes whose values the node's is computed from: not what it waits for or asks for its shape."""
+    if node.target is ops.AFTER:
+        return node.all_input_nodes[:1]
+    if compat.packet(node) in SHAPE_ONLY:
+        return [n for n in node.all_input_nodes if n is not node.args[1]]
+    return node.all_input_nodes
 
 
 def owner(node: fx.Node) -> fx.Node:

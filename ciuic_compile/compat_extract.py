@@ -110,9 +110,6 @@ def _extract_simple(
     forward.output_node().meta["desc"] = [*descs[:num_fwd_outputs], *[None] * len(kept)]
     backward = _copied(_as_autograd(order, {*kept, *tangents}, tangents), [*kept, *tangents], after)
     backward.output_node().meta["desc"] = descs[num_fwd_outputs:]
-    for node in backward.nodes:
-        if node.op == "call_function":
-            node.meta["autograd_backward"] = True
     return forward, backward
 
 

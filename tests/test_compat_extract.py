@@ -25,7 +25,6 @@ def described(gm: fx.GraphModule) -> list[tuple[object, ...]]:
             str(n.target),
             str(n.args),
             str(n.kwargs),
-            n.meta.get("autograd_backward"),
             id(n.meta.get("val")),
         )
         for n in gm.graph.nodes
