@@ -4,9 +4,9 @@
     python -m bench.budgets --model gpt --points 15 --warm 14
 
 A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own
-fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have. Every
-configuration is compiled first (``--warm``: by several processes into one cache), then all take turns step by
-step in one process.
+fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have, and each peak
+that torch's own are measured to have. Every configuration is compiled first (``--warm``: ours by several
+processes into one cache), then all take turns step by step in one process.
 Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
 """
 
@@ -46,15 +46,14 @@ def made(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, to
     return WithLoss(built, loss).to(device), *batches(0, device), device
 
 
-def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     """Compile and measure every configuration until ``end`` (of ``time.monotonic``), then time them.
 
-    Args:
-        share: (i, n): only to warm the caches, and only every n-th configuration.
+    With ``share``, (i, n), in ``spec``: every n-th of ours alone, compiled and not timed, to warm the caches.
     """
     model, inputs, targets, device = made(spec)
     precision = "off" if spec["model"] == "llama-shape" else "autocast"
-    asked = itertools.count()
+    asked, share = itertools.count(), spec["share"]
     steps: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     reference: dict[str, torch.Tensor] = {}
@@ -62,7 +61,7 @@ def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None
 
     def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
         nonlocal base, reference
-        if share is not None and next(asked) % share[1] != share[0] and name != "inductor":
+        if share is not None and next(asked) % share[1] != share[0]:
             return
         if time.monotonic() > end:
             rows.append({"config": name, "failed": "not started: no time left"})
@@ -108,13 +107,19 @@ def sweep(spec: dict[str, Any], end: float, share: tuple[int, int] | None = None
         rows.append(row)
         steps[name] = step
 
-    measured("inductor", "inductor")
-    evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
-    for fraction in spec["fractions"] or evenly:
-        with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
-            measured(f"torch {fraction:.2f}", "inductor")
+    budgets = spec["budgets"]
+    if share is None:
+        measured("inductor", "inductor")
+        evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
+        for fraction in (fractions := spec["fractions"] or evenly):
+            with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
+                measured(f"torch {fraction:.2f}", "inductor")
+        peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
+        budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
+        warm(spec["warm"], budgets)
+    for budget in budgets:
         for mode in spec["modes"]:
-            measured(f"{mode} {fraction:.2f}", "ciuic", int(fraction * base), mode=mode)
+            measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=mode)
     if share is not None:
         return rows
     times = take_turns(steps, device, spec["steps"])
@@ -176,9 +181,9 @@ def _point(row: dict[str, Any]) -> str:
     return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
 
 
-def warm(arguments: list[str], processes: int) -> None:
-    """Compile every configuration in several processes; their caches are this one's."""
-    command = [sys.executable, "-m", "bench.budgets", *arguments]
+def warm(processes: int, budgets: list[int]) -> None:
+    """Compile our configurations in several processes; their caches are this one's."""
+    command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:], "--budgets", *map(str, budgets)]
     running = [
         subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.DEVNULL)
         for i in range(processes)
@@ -209,6 +214,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--budgets", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--plot", help="PNG to write: step time over peak")
     parser.add_argument("--device")
     parser.add_argument("--out", help="JSON file to write")
@@ -219,14 +225,10 @@ def main() -> None:
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
     spec |= {"points": args.points, "modes": args.modes, "model": args.model}
-    spec |= {"fractions": args.fractions}
-    end = time.monotonic() + args.limit
+    spec |= {"fractions": args.fractions, "warm": args.warm, "share": args.share, "budgets": args.budgets}
+    rows = sweep(spec, time.monotonic() + args.limit)
     if args.share:
-        sweep(spec, end, tuple(args.share))
         return
-    if args.warm:
-        warm(sys.argv[1:], args.warm)
-    rows = sweep(spec, end)
     common.table(
         "peaks above parameters, MiB; x = step time over Inductor's", COLUMNS, [table_row(r) for r in rows]
     )
