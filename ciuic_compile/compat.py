@@ -113,6 +113,12 @@ def collecting_later() -> Iterator[None]:
             gc.enable()
 
 
+def frees_tangents() -> bool:
+    """Whether a compiled backward can free the gradients that it is given: before torch 2.13, autograd holds
+    them until it returns."""
+    return hasattr(torch.autograd.Function, "boxed_grads_call")
+
+
 def must_save(node: fx.Node) -> bool:
     """Whether the user's checkpoint policy, or torch, says that this node is saved."""
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)

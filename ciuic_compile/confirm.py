@@ -35,6 +35,7 @@ def joint_of(graphs: Graphs) -> Joint:
         received={n.name: i for n, i in zip(arriving, sent, strict=False)},
         tangents={n.name: tensor_bytes(n.meta["val"]) for n in arriving[len(sent) :]},
         sizes={n.name: exact_bytes(n) for n in arriving[len(sent) :]},
+        holds_tangents=not compat.frees_tangents(),
     )
 
 

@@ -67,6 +67,7 @@ class Joint:
         received: backward input -> index of the forward output that it is.
         tangents: backward inputs that the autograd engine makes, with their bytes.
         sizes: their bytes as expressions of the dynamic sizes, where they are not fixed.
+        holds_tangents: autograd keeps them until the backward returns, whatever it frees.
     """
 
     outputs: int
@@ -74,6 +75,7 @@ class Joint:
     received: Mapping[str, int]
     tangents: Mapping[str, int]
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    holds_tangents: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _step(forward: Trace, backward: Trace, joint: Joint, allocator: Allocator, k
     holders = Counter(s for s in sent.values() if s is not None)
     gradients: dict[str, int] = {name: allocator.alloc(size) for name, size in joint.tangents.items()}
     for event in backward.events:
+        if joint.holds_tangents and event.nbytes == FREE and event.storage in joint.tangents:
+            continue
         saved = sent.get(event.storage)
         if saved is None or event.nbytes != FREE:
             _play(event, gradients, allocator, kept, "backward")

@@ -56,6 +56,13 @@ def test_two_inputs_of_one_storage_free_it_once() -> None:
     assert replay(forward, backward, joint, ExactAllocator()).backward == 4 + 4 + 50 + 60
 
 
+def test_tangents_that_autograd_holds_outlive_what_frees_them() -> None:
+    early = replace(BACKWARD, events=(Event("tangents_1", FREE), *BACKWARD.events))
+    held = replace(JOINT, holds_tangents=True)
+    assert replay(FORWARD, early, JOINT, ExactAllocator()).backward == 4 + 40 + 50
+    assert replay(FORWARD, early, held, ExactAllocator()).backward == 4 + 40 + 50 + 4
+
+
 def test_what_the_user_gets_outlives_the_backward() -> None:
     joint = replace(JOINT, num_fwd_outputs=2)
     assert replay(FORWARD, BACKWARD, joint, ExactAllocator()).backward == 4 + 40 + 4 + 50 + 30
