@@ -19,6 +19,7 @@ from ciuic_compile.gate.settings import Entry
 from ciuic_compile.gate.source_lines import Text, user_files
 from ciuic_compile.report._format import op_label, star
 from ciuic_compile.types import Action, Decision, Plan
+from ciuic_compile.versions import version
 
 _OP: Final = re.compile(r"([^/]+)#\d+")  # in a block's id
 
@@ -180,12 +181,7 @@ def environment(model: nn.Module | None = None) -> dict[str, str]:
     owners = metadata.packages_distributions() if roots - {"torch", "__main__"} else {}
     for root in roots - {"torch", "__main__"}:
         packages.update(owners.get(root, ()))
-    for package in sorted(packages):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a checkout on sys.path
-            continue
-    return found
+    return found | {package: text for package in sorted(packages) if (text := version(package))}
 
 
 def _rows(plans: Sequence[Plan]) -> tuple[tuple[Row, ...], tuple[int, int]]:
