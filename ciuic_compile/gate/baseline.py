@@ -18,7 +18,7 @@ from typing import Any, Final
 from ciuic_compile.errors import BaselineError, OutputError
 from ciuic_compile.gate.record import Fixed, Place, Record, Row
 from ciuic_compile.gate.source_lines import Text
-from ciuic_compile.report.emit import write_atomically
+from ciuic_compile.writing import write_file
 
 SCHEMA: Final = "ciuic.baseline/1"
 _FAMILY: Final = "ciuic.baseline/"
@@ -137,7 +137,7 @@ def save(baseline: Baseline, path: Path) -> None:
         OutputError: it cannot be written; the file is as it was.
     """
     try:
-        write_atomically(str(path), dumps(baseline))
+        write_file(path, dumps(baseline))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; it is as it was") from error
 

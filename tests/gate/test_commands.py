@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_broken_input_is_one_clear_message(
         (["check", "nett"], "did you mean 'net'?"),
         (["check", "-o", "missing/out.xml"], "no folder"),
         (["check", "-o", "."], "it is a folder"),
+        (["check", "-o", "ciuic-baseline.json"], "this command reads that file"),
+        (["check", "-o", "ciuic.toml"], "this command reads that file"),
+        (["check", "--format", "sarif", "-o", "model.py"], "this command reads that file"),
+        (["accept", "--all", "-m", "x", "--baseline", "model.py"], "this command reads that file"),
+        (["accept", "--all", "-m", "x", "--baseline", "missing/b.json"], "no folder"),
+        (["diff", "ciuic-baseline.json", "model.py:make", "-o", "model.py"], "this command reads that file"),
         (["accept", "net"], "needs a reason"),
         (["accept", "-m", "x"], "names of entries or --all"),
         (["diff", "a.json", "b.json"], "cannot be read"),
@@ -167,6 +174,17 @@ def test_wrong_usage_does_nothing(guarded: Path, ciuic: Run, argv: list[str], wo
     ran = ciuic(*argv)
     assert ran.status == 2 and words in ran.err and ran.out == ""
     assert files(guarded) == before
+
+
+def test_a_pipe_takes_the_outcome_and_stays_one(guarded: Path, ciuic: Run) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR)  # so that no writer waits
+    try:
+        assert ciuic("check", "--format", "json", "-o", "pipe").status == 0
+        assert json.loads(os.read(reader, 2**16))["exit_code"] == 0
+    finally:
+        os.close(reader)
+    assert (guarded / "pipe").is_fifo()
 
 
 def test_accept_writes_all_or_nothing(guarded: Path, ciuic: Run) -> None:
