@@ -119,6 +119,15 @@ def of_another(folder: Path) -> None:
     path.write_text(path.read_text().replace('"target": "model.py:make"', '"target": "vit.py:make"'))
 
 
+def edited(old: str, new: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "ciuic-baseline.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
@@ -132,6 +141,10 @@ def of_another(folder: Path) -> None:
         (remove("ciuic-baseline.json"), 3, "no baseline"),
         (write("ciuic-baseline.json", '{"schema": "ciuic.baseline/1", "entr'), 3, "truncated"),
         (write("ciuic-baseline.json", '{"schema": "ciuic.baseline/9"}'), 3, "another version"),
+        (edited('"options": {"mode": "lossless"}', '"options": 3'), 3, "/settings/options: expected object"),
+        (edited('"count": 1', '"count": "1"'), 3, "/count: expected integer, found '1'"),
+        (edited('"shape": [512', '"shape": ["512"'), 3, "/shape/0: expected integer, found '512'"),
+        (edited('"net": {', '"net": {}, "net": {'), 3, "has the key 'net' twice"),
         (of_another, 3, "another target"),
         (write("ciuic.toml", SETTINGS + 'budget = "1 KiB"\n'), 4, "1,024 bytes"),
         (write("ciuic.toml", SETTINGS + 'hard_limit = "1 KiB"\n'), 1, "hard limit"),
