@@ -199,7 +199,9 @@ def _step(
 
     name = item.nodeid if number == 1 else f"{item.nodeid} #{number}"
     entry = Entry(name, f"{item.location[0]}:{item.location[2]}", **settings)
-    return Step(tuple(plans), entry, record(plans, entry, model, inputs, item.config.rootpath))
+    root = item.config.rootpath
+    fixtures = [folder / "conftest.py" for folder in item.path.parents if folder.is_relative_to(root)]
+    return Step(tuple(plans), entry, record(plans, entry, model, inputs, root, also=fixtures))
 
 
 @pytest.hookimpl(wrapper=True)

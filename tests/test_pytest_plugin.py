@@ -311,12 +311,16 @@ def test_marked_wrongly(wrong, memory_plan):
 def test_a_baseline_holds_for_a_fixture_that_is_asked_for_late(session: pytest.Pytester) -> None:
     text = MODEL + "\n\ndef test_late(request):\n    request.getfixturevalue('memory_plan')(*make())\n"
     path = session.makepyfile(test_a=text)
+    session.makepyfile(helper="", conftest="import helper\n")
     session.runpytest_inprocess("--ciuic-update-baseline").assert_outcomes(passed=1)
+    file = session.path / "ciuic-tests-baseline.json"
+    (entry,) = ciuic_compile.gate.baseline.load(file).entries.values()
+    assert set(entry.record.files) == {"conftest.py", "helper.py", "test_a.py"}
     path.write_text(text.replace("hidden=512", "hidden=640"))
     result = session.runpytest_inprocess()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["baseline: peak * MiB -> * MiB*"])
-    (session.path / "ciuic-tests-baseline.json").write_text("{}")
+    file.write_text("{}")
     result = session.runpytest_inprocess()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*is no baseline*"])

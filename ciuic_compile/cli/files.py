@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.machinery import PathFinder
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ciuic_compile.errors import OptionError, OutputError
+from ciuic_compile.imports import module_files
 from ciuic_compile.writing import is_special, write_files
 
 
@@ -72,25 +71,11 @@ def read_for(target: str, options: Mapping[str, Any] | None = None, device: obje
     name = name if colon else target
     found = [name, os.path.join(name, "config.json")]
     if not name.endswith(".py") and os.sep not in name:
-        found += _sources(name)
+        found += map(str, module_files(name, [os.getcwd(), *sys.path]))
     given = options or {}
     for value in (device, given.get("device"), given.get("calibration")):
         if isinstance(value, (str, Path)) and str(value).endswith(".json"):
             found.append(os.path.expanduser(value))
-    return found
-
-
-def _sources(module: str) -> list[str]:
-    """Where a module and the packages around it are, found without importing any of them."""
-    found: list[str] = []
-    path: Sequence[str] | None = [os.getcwd(), *sys.path]
-    for name in itertools.accumulate(module.split("."), "{}.{}".format):
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
-            break
-        found += [spec.origin] if spec.origin and spec.has_location else []
-        if (path := spec.submodule_search_locations) is None:
-            break
     return found
 
 

@@ -124,6 +124,7 @@ def record(
     root: Path | None = None,
     *,
     files: bool = True,
+    also: Sequence[Path] = (),
 ) -> Record:
     """Sum up the plans of one step.
 
@@ -132,6 +133,7 @@ def record(
         inputs: what it is called with.
         root: what files are relative to; None: the working directory.
         files: whether the user's files as they are now are those that were planned.
+        also: more of them, which neither target nor model name.
 
     Where Dynamo made several graphs, each one's peak comes on top of what the graphs before it save: the
     step's peak is the largest of these sums.
@@ -139,7 +141,7 @@ def record(
     rows, peaks = _rows(plans)
     parameters, example = _parameters(model), _inputs(inputs)
     fixed = sum(f.nbytes for f in (*parameters, *example))
-    traced = {row.place.file for row in rows if row.place.file}
+    traced = {row.place.file for row in rows if row.place.file} | {str(path) for path in also}
     texts = user_files(model, entry.target, traced, root or Path.cwd()) if files else {}
     return Record(
         target=entry.target,
