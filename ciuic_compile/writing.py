@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Final
+
+_STREAM: Final = re.compile(r"/dev/(?P<name>stdout|stderr)|/(?:dev|proc/self)/fd/(?P<number>\d+)", re.ASCII)
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -75,12 +79,20 @@ def _about(path: str) -> Iterator[None]:
 
 
 def is_special(path: str) -> bool:
-    """Whether there is something that is neither a file nor a folder: a device, a pipe, a socket."""
+    """Whether there is something that is neither a file nor a folder (a device, a pipe), or an open stream."""
+    if _descriptor(path) is not None:
+        return True
     try:
         mode = os.stat(path).st_mode
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _descriptor(path: str) -> int | None:
+    """The open file that a path such as ``/dev/stdout`` stands for, wherever it was redirected to."""
+    match = _STREAM.fullmatch(os.path.abspath(path))
+    return None if match is None else int(match["number"] or {"stdout": 1, "stderr": 2}[match["name"]])
 
 
 def _named(path: str) -> str:
@@ -99,8 +111,10 @@ def _write_new(old: str, new: str, content: bytes) -> None:
 
 
 def _append(path: str, content: bytes) -> None:
-    """Write into what is there."""
-    with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+    """Write into what is there, behind what was written to it before."""
+    number = _descriptor(path)
+    opened = os.open(path, os.O_WRONLY | os.O_APPEND) if number is None else os.dup(number)
+    with open(opened, "wb", buffering=0) as file:
         view = memoryview(content)
         while view:
             view = view[file.write(view) :]

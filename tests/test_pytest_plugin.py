@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ciuic_compile.gate.baseline
-import ciuic_compile.gate.compare  # noqa: F401
+import ciuic_compile.gate.compare
 from ciuic_compile.planning import plan
 from tests.training import interpreted
 

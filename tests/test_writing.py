@@ -89,6 +89,17 @@ def test_a_link_to_a_pipe(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
 
 
+def test_an_open_stream_goes_on_where_it_was(tmp_path: Path) -> None:
+    stream = os.open(tmp_path / "out.txt", os.O_CREAT | os.O_RDWR)
+    try:
+        os.write(stream, b"before, ")
+        write_file(f"/dev/fd/{stream}", "text")
+        os.write(stream, b", after")
+    finally:
+        os.close(stream)
+    assert contents(tmp_path) == {"out.txt": "before, text, after"}
+
+
 def test_a_pipe_that_nobody_reads_leaves_the_files_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
