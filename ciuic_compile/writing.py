@@ -79,7 +79,7 @@ def _about(path: str) -> Iterator[None]:
 
 
 def is_special(path: str) -> bool:
-    """Whether there is something that is neither a file nor a folder (a device, a pipe), or an open stream."""
+    """Whether it is neither a file nor a folder that is there, but a device, a pipe or an open stream."""
     if _descriptor(path) is not None:
         return True
     try:

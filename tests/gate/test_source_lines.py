@@ -116,9 +116,10 @@ PROGRAM = {
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Path:
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of modules, none of which is loaded."""
     for name, text in PROGRAM.items():
+        monkeypatch.delitem(sys.modules, name.partition("/")[0].removesuffix(".py"), raising=False)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
