@@ -251,6 +251,8 @@ def test_no_output_overwrites_an_input(
     argv: tuple[str, ...], path: str, train: Path, ciuic: Ciuic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "raise SystemExit('made')"
+    for name in ("t", "package", "package.t"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("t.py", "package/__init__.py", "package/t.py", "folder/config.json", "gpu.json", "c.json"):
         (train / name).parent.mkdir(exist_ok=True)
         (train / name).write_text(text)
