@@ -282,7 +282,7 @@ def test_a_pipe_takes_all_plans_and_stays_one(
 ) -> None:
     monkeypatch.setattr("ciuic_compile.cli.steps.plans_of", lambda args: (plan_of, plan_of))
     os.mkfifo("pipe")
-    reader = os.open("pipe", os.O_RDWR)  # so that no writer waits
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)  # so that nobody waits
     try:
         assert ciuic("plan", "train.py:f", "--json", "pipe", "--md", "pipe").status == 0
         read = os.read(reader, 2**16).decode()
