@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from .config import CompileConfig
 from .errors import PlanFileError
 from .report import from_json, to_json
 from .types import Plan
+from .writing import write_file
 
 
 def graph_key(
@@ -60,10 +59,7 @@ def store(key: str, plan: Plan) -> None:
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(to_json(plan))
-        os.replace(temporary, path)
+        write_file(path, to_json(plan))
     except OSError:
         return
 

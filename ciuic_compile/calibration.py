@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from .errors import OptionError
 from .types import TensorClass
+from .writing import write_file
 
 SCHEMA: Final = "ciuic.calibration/1"
 _FAMILY: Final = "ciuic.calibration/"
@@ -82,7 +83,7 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; its folder must exist."""
-        Path(path).write_text(self.to_json(), "ascii")
+        write_file(path, self.to_json())
 
     def uuid(self) -> str:
         """A hash of the contents, for cache keys."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 from .errors import OptionError, nearest
+from .writing import write_file
 
 SCHEMA: Final = "ciuic.device/1"
 _FAMILY: Final = "ciuic.device/"
@@ -82,7 +83,7 @@ class DeviceProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, for the option ``device``; its folder must exist, its name end in .json."""
-        Path(path).write_text(self.to_json(), "ascii")
+        write_file(path, self.to_json())
 
     def uuid(self) -> str:
         """A hash of the contents, for cache keys."""

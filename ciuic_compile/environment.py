@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 from .types import Environment
+from .versions import version
 
 
 def environment(device: str) -> Environment:
@@ -16,20 +16,11 @@ def environment(device: str) -> Environment:
     Args:
         device: name of the device profile.
     """
-    import ciuic_compile
-
     return Environment(
-        ciuic=ciuic_compile.__version__,
+        ciuic=version("ciuic-compile"),
         torch=torch.__version__,
-        triton=_version("triton") or _version("pytorch-triton"),
+        triton=version("triton") or version("pytorch-triton"),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         device=device,
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

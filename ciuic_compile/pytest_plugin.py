@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from .announcing import listening
-from .errors import CiuicError, OutputError, TargetError
+from .errors import CiuicError, TargetError
 
 if TYPE_CHECKING:
     from .gate.baseline import Baseline
@@ -42,14 +42,14 @@ class Step:
 
 @dataclass
 class Planned:
-    """What a test planned, and its limits in bytes by mark."""
+    """What a test planned, and its limits in bytes by mark, which are known when it has run."""
 
-    limits: Mapping[str, int]
     steps: list[Step] = field(default_factory=list)
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 _PLANNED: Final = pytest.StashKey[Planned]()
-_BASELINE: Final[pytest.StashKey[Baseline | None]] = pytest.StashKey()
+_BASELINE: Final = pytest.StashKey["Baseline"]()
 
 
 # ---------------------------------------------------------------- options and marks
@@ -87,20 +87,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Check the marks of all tests before the first one runs."""
-    for item in items:
-        limits = {name: _limit(item, mark) for name in _MARKS if (mark := item.get_closest_marker(name))}
-        if limits or "memory_plan" in getattr(item, "fixturenames", ()):
-            item.stash[_PLANNED] = Planned(limits)
-    config.stash[_BASELINE] = None
-    path = _baseline_path(config)
-    if any(_PLANNED in item.stash for item in items) and path.exists():
+    """Check the marks of all tests, and the baseline if one needs it, before the first one runs."""
+    guarded = [_limits(item) or "memory_plan" in getattr(item, "fixturenames", ()) for item in items]
+    if any(guarded):
+        _accepted(config)
+
+
+def _limits(item: pytest.Item) -> dict[str, int]:
+    """The bytes of each mark that a test has at this moment: fixtures and the test itself may add some."""
+    return {name: _limit(item, mark) for name in _MARKS if (mark := item.get_closest_marker(name))}
+
+
+def _accepted(config: pytest.Config) -> Baseline:
+    """The baseline, read once; an empty one where there is no file."""
+    if _BASELINE not in config.stash:
         from .gate import baseline
 
         try:
-            config.stash[_BASELINE] = baseline.load(path)
+            config.stash[_BASELINE] = baseline.load_if_there(_baseline_path(config))
         except CiuicError as error:
             raise pytest.UsageError(str(error)) from None
+    return config.stash[_BASELINE]
 
 
 def _limit(item: pytest.Item, mark: pytest.Mark) -> int:
@@ -168,7 +175,8 @@ class MemoryPlan:
         autocast = options.pop("autocast", None)
         plans = plan(model, inputs, loss_fn, options=options, device=device, autocast=autocast)
         settings = {"options": options, "device": getattr(device, "name", device), "autocast": autocast}
-        self._item.stash[_PLANNED].steps.append(_step(self._item, plans, settings, model, inputs))
+        planned = self._item.stash.setdefault(_PLANNED, Planned())
+        planned.steps.append(_step(self._item, len(planned.steps) + 1, plans, settings, model, inputs))
         return plans
 
 
@@ -179,34 +187,52 @@ def memory_plan(request: pytest.FixtureRequest) -> MemoryPlan:
 
 
 def _step(
-    item: pytest.Item, plans: Sequence[Plan], settings: dict[str, Any], model: Any = None, inputs: Any = ()
+    item: pytest.Item,
+    number: int,
+    plans: Sequence[Plan],
+    settings: dict[str, Any],
+    model: Any = None,
+    inputs: Any = (),
 ) -> Step:
     from .gate.record import record
     from .gate.settings import Entry
 
-    number = len(item.stash[_PLANNED].steps) + 1
     name = item.nodeid if number == 1 else f"{item.nodeid} #{number}"
     entry = Entry(name, f"{item.location[0]}:{item.location[2]}", **settings)
-    return Step(tuple(plans), entry, record(plans, entry, model, inputs, item.config.rootpath))
+    root = item.config.rootpath
+    fixtures = [folder / "conftest.py" for folder in item.path.parents if folder.is_relative_to(root)]
+    return Step(tuple(plans), entry, record(plans, entry, model, inputs, root, also=fixtures))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """Listen to what a test compiles, and hold what it planned against its limits and its baseline."""
-    planned = item.stash.get(_PLANNED, None)
-    if planned is None:
-        return (yield)
     made: list[Plan] = []
-    if planned.limits and (dynamo := sys.modules.get("torch._dynamo")) is not None:
+    marked = any(item.get_closest_marker(name) for name in _MARKS)
+    if marked and (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()  # a graph that an earlier test compiled would not be planned again
     with listening(made.append):
         result = yield
-    for plan in made:
-        planned.steps.append(_step(item, [plan], {"options": {"mode": plan.mode}}))
-    problems = list(_problems(item, planned))
+    try:
+        problems = list(_judged(item, made))
+    except pytest.UsageError as error:  # a mark that was added after the tests were collected
+        problems = [str(error)]
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
     return result
+
+
+def _judged(item: pytest.Item, made: Sequence[Plan]) -> Iterator[str]:
+    """What is wrong with a test that has run, by the marks and the fixture that it has by now."""
+    limits = _limits(item)
+    if not limits and "memory_plan" not in getattr(item, "fixturenames", ()) and _PLANNED not in item.stash:
+        return
+    planned = item.stash.setdefault(_PLANNED, Planned())
+    planned.limits = limits
+    for plan in made:
+        settings = {"options": {"mode": plan.mode}}
+        planned.steps.append(_step(item, len(planned.steps) + 1, [plan], settings))
+    yield from _problems(item, planned)
 
 
 def _problems(item: pytest.Item, planned: Planned) -> Iterator[str]:
@@ -218,11 +244,11 @@ def _problems(item: pytest.Item, planned: Planned) -> Iterator[str]:
     for step in planned.steps:
         for name, limit in planned.limits.items():
             yield from _over(name, limit, step)
-    accepted = item.config.stash[_BASELINE]
-    if accepted is None or item.config.getoption(_UPDATE):
+    if not planned.steps or item.config.getoption(_UPDATE):
         return
     from .gate.compare import check
 
+    accepted = _accepted(item.config)
     for step in planned.steps:
         if (before := accepted.entries.get(step.entry.name)) is not None:
             found = check(step.entry, step.record, before)
@@ -275,8 +301,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> 
         if item.config.getoption(_UPDATE) and report.passed:
             from .gate import baseline
 
-            accepted = {step.entry.name: baseline.Accepted(step.record) for step in planned.steps}
-            report.ciuic_records = baseline.dumps(baseline.Baseline(accepted))
+            accepted = baseline.Baseline()
+            for step in planned.steps:
+                accepted = accepted.accept(step.entry.name, step.record, f"pytest {_UPDATE}", _today())
+            report.ciuic_records = baseline.dumps(accepted)
     return report
 
 
@@ -287,6 +315,7 @@ class _Summary:
         self._config = config
         self._plans: list[dict[str, Any]] = []
         self._records: dict[str, str] = {}
+        self._updated = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if (plan := getattr(report, "ciuic_plan", None)) is not None:
@@ -294,8 +323,22 @@ class _Summary:
         if (records := getattr(report, "ciuic_records", None)) is not None:
             self._records[report.nodeid] = records
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Update the baseline; where that fails, so does the session."""
+        if not self._records or hasattr(
+            self._config, "workerinput"
+        ):  # xdist's workers report to another process
+            return
+        try:
+            self._updated = self._update()
+        except CiuicError as error:
+            self._updated = f"ERROR: the baseline is as it was: {error}"
+            if session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Show the biggest plans, and update the baseline."""
+        """Show the biggest plans, and what became of the baseline."""
         if not self._plans:
             return
         from .report._format import size
@@ -310,23 +353,26 @@ class _Summary:
             )
         if len(plans) > _SHOWN:
             terminalreporter.line(f"and {len(plans) - _SHOWN} smaller ones")
-        if self._records:
-            terminalreporter.line(self._updated())
+        if self._updated:
+            terminalreporter.line(self._updated, red=self._updated.startswith("ERROR"))
 
-    def _updated(self) -> str:
+    def _update(self) -> str:
         """Write the records into the baseline; entries of tests that did not run stay."""
         from .gate import baseline
 
         path = _baseline_path(self._config)
-        try:
-            accepted = baseline.load_if_there(path)
-            today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-            count = 0
-            for text in self._records.values():
-                for name, entry in baseline.loads(text).entries.items():
-                    accepted = accepted.accept(name, entry.record, f"pytest {_UPDATE}", today)
-                    count += 1
-            baseline.save(accepted, path)
-        except (CiuicError, OutputError) as error:
-            return f"ERROR: the baseline is as it was: {error}"
+        accepted = baseline.load_if_there(path)
+        count = 0
+        for text in self._records.values():
+            for name, entry in baseline.loads(text).entries.items():
+                accepted = accepted.accept(
+                    name, entry.record, entry.history[-1].reason, entry.history[-1].date
+                )
+                count += 1
+        baseline.save(accepted, path)
         return f"baseline: {count} {'entry' if count == 1 else 'entries'} written to {path.name}"
+
+
+def _today() -> str:
+    """The date in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ciuic_compile.gate.baseline
-import ciuic_compile.gate.compare  # noqa: F401
+import ciuic_compile.gate.compare
 from ciuic_compile.planning import plan
 from tests.training import interpreted
 
@@ -248,6 +248,84 @@ def test_a_broken_baseline_is_a_usage_error_and_stays(session: pytest.Pytester) 
     assert file.read_text() == '{"schema": "ciuic.baseline/9"}'
 
 
+def test_a_baseline_that_cannot_be_written_fails_the_session(session: pytest.Pytester) -> None:
+    session.makepyfile(FITS)
+    result = session.runpytest_inprocess("--ciuic-update-baseline", "-o", "ciuic_baseline=missing/b.json")
+    result.assert_outcomes(passed=1)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    told = [line for line in result.outlines + result.errlines if "cannot be written" in line]
+    assert len(told) == 1 and told[0].startswith("ERROR: the baseline is as it was: ")
+    result.stdout.no_fnmatch_line("*written to*")
+
+
+def test_marks_and_the_fixture_that_a_test_asks_for_when_it_runs(session: pytest.Pytester) -> None:
+    session.makepyfile(
+        MODEL
+        + """
+
+@pytest.fixture
+def limited(request):
+    request.node.add_marker(pytest.mark.max_vram("4 MiB"))
+
+
+@pytest.fixture
+def wrong(request):
+    request.node.add_marker(pytest.mark.max_saved("4 MiBs"))
+
+
+def test_asked_for_late(request):
+    assert request.getfixturevalue("memory_plan")(*make()).input_bytes
+
+
+def test_marked_in_a_fixture(limited, memory_plan):
+    memory_plan(*make())
+
+
+def test_marked_and_asked_for_late(limited, request):
+    request.getfixturevalue("memory_plan")(*make())
+
+
+def test_marked_by_itself(request, memory_plan):
+    request.node.add_marker(pytest.mark.max_saved(1024))
+    memory_plan(*make())
+
+
+def test_marked_and_nothing_planned(limited):
+    pass
+
+
+def test_marked_wrongly(wrong, memory_plan):
+    memory_plan(*make())
+"""
+    )
+    result = session.runpytest_inprocess()
+    result.assert_outcomes(passed=1, failed=5)
+    told = [line for line in result.outlines if line.startswith(("max_vram:", "max_saved:"))]
+    assert [line.split(": ")[0] for line in told] == ["max_vram", "max_vram", "max_saved", "max_vram"]
+    assert all("over 4.00 MiB" in line for line in told[:2]) and "over 1.00 KiB" in told[2]
+    assert "the test planned nothing" in told[3]
+    result.stdout.fnmatch_lines(["*test_marked_wrongly: @pytest.mark.max_saved: *", "*unknown unit 'MiBs'*"])
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_a_baseline_holds_for_a_fixture_that_is_asked_for_late(session: pytest.Pytester) -> None:
+    text = MODEL + "\n\ndef test_late(request):\n    request.getfixturevalue('memory_plan')(*make())\n"
+    path = session.makepyfile(test_a=text)
+    session.makepyfile(helper="", conftest="import helper\n")
+    session.runpytest_inprocess("--ciuic-update-baseline").assert_outcomes(passed=1)
+    file = session.path / "ciuic-tests-baseline.json"
+    (entry,) = ciuic_compile.gate.baseline.load(file).entries.values()
+    assert set(entry.record.files) == {"conftest.py", "helper.py", "test_a.py"}
+    path.write_text(text.replace("hidden=512", "hidden=640"))
+    result = session.runpytest_inprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["baseline: peak * MiB -> * MiB*"])
+    file.write_text("{}")
+    result = session.runpytest_inprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*is no baseline*"])
+
+
 def test_with_xdist_in_processes_of_their_own(
     session: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,10 +341,15 @@ def test_with_xdist_in_processes_of_their_own(
     )
 
 
-def test_the_plugin_is_installed_and_imports_no_torch() -> None:
+def test_the_plugin_is_declared() -> None:
     tomllib: Any = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     assert project["project"]["entry-points"]["pytest11"] == {"ciuic": "ciuic_compile.pytest_plugin"}
+
+
+def test_the_plugin_is_installed_and_imports_no_torch() -> None:
+    if not metadata.entry_points(group="torch_dynamo_backends", name="ciuic"):
+        pytest.skip("not installed: without its entry point the backend is registered, which imports torch")
     code = (
         "import sys, ciuic_compile.pytest_plugin; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )

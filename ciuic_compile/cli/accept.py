@@ -7,7 +7,7 @@ import datetime
 import os
 from typing import Any
 
-from ciuic_compile.cli import exit_codes, gate, new_parser
+from ciuic_compile.cli import exit_codes, files, gate, new_parser
 from ciuic_compile.errors import OptionError
 
 EXAMPLES = """
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("accept needs either names of entries or --all\n  fix: ciuic accept NAME -m WHY")
     found = settings.load(args.config)
     path = args.baseline or found.baseline
+    files.check([path], [str(found.path), *gate.entry_inputs(found.entries)])
     before = baseline.load_if_there(path)
     after = before
     if args.all:

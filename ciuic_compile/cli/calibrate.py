@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.output.endswith(".json"):
         raise OutputError(f"cannot write {args.output!r}: its name does not end in .json\n  fix: name it so")
-    files.check([args.output])
+    files.check([args.output], files.read_for(args.target))
     device = steps.device(args.on)
     target = steps.load(args, allocate=device)
     model = planning.unwrapped(target.model).to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ciuic_compile.cli import exit_codes, gate, new_parser
+from ciuic_compile.cli import exit_codes, files, gate, new_parser
 
 if TYPE_CHECKING:
     from ciuic_compile.gate.baseline import Accepted
@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     from ciuic_compile.gate.compare import exit_code
     from ciuic_compile.gate.formats import Outcome
 
-    gate.check_output(args)
     found = settings.load(args.config)
-    entries = found.chosen(args.names)
     path = args.baseline or found.baseline
+    files.check([args.output], [str(found.path), str(path), *gate.entry_inputs(found.entries)])
+    entries = found.chosen(args.names)
     # without a baseline each entry is told to have none; a hard_limit holds all the same
     accepted = baseline.load_if_there(path)
     checks = tuple(_check(entry, found, accepted.entries.get(entry.name)) for entry in entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ciuic_compile.cli import exit_codes, gate, new_parser
+from ciuic_compile.cli import exit_codes, files, gate, new_parser
 
 EXAMPLES = """
 ciuic diff old-plan.json new-plan.json
@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from ciuic_compile.gate import diff
     from ciuic_compile.gate.formats import Outcome
 
-    gate.check_output(args)
+    files.check(
+        [args.output], [args.a, args.b, *files.read_for(args.a), *files.read_for(args.b, device=args.device)]
+    )
     options = {key: value for key in ("mode", "budget") if (value := getattr(args, key)) is not None}
     checks, notes = diff.compare(args.a, args.b, options, args.device)
     gate.show(Outcome("diff", checks, exit_codes.PASS, notes), args)

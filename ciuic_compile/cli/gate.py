@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciuic_compile.errors import OutputError
+from ciuic_compile.cli import files
 
 if TYPE_CHECKING:
     from ciuic_compile.gate.formats import Outcome
+    from ciuic_compile.gate.settings import Entry
 
 FORMATS = ("text", "json", "md", "junit", "sarif", "github")
 
@@ -40,16 +42,9 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Refuse before the work is done what could not be written after it.
-
-    Raises:
-        OutputError: the folder is missing.
-    """
-    path: Path | None = args.output
-    if path is not None and (not path.absolute().parent.is_dir() or path.is_dir()):
-        why = "it is a folder" if path.is_dir() else f"there is no folder {str(path.absolute().parent)!r}"
-        raise OutputError(f"cannot write {str(path)!r}: {why}\n  fix: name a file in a folder that exists")
+def entry_inputs(entries: Iterable[Entry]) -> list[str]:
+    """The files that planning entries reads."""
+    return [file for e in entries for file in files.read_for(e.target, e.options, e.device)]
 
 
 def show(outcome: Outcome, args: argparse.Namespace) -> None:
@@ -59,15 +54,9 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
         OutputError: the file cannot be written; it is as it was.
     """
     from ciuic_compile.gate.formats import render
-    from ciuic_compile.report.emit import write_atomically
 
     if args.output is None:
         sys.stdout.write(render(outcome, args.format))
         return
-    try:
-        write_atomically(str(args.output), render(outcome, args.format))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {str(args.output)!r}: {error.strerror or error}; it is as it was"
-        ) from error
+    files.write({str(args.output): render(outcome, args.format)})
     sys.stdout.write(render(outcome, "text"))

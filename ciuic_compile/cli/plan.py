@@ -46,8 +46,11 @@ def run(args: argparse.Namespace) -> int:
     from ciuic_compile.report.text import MAX_WIDTH
 
     wanted = {kind: path for kind in ("json", "html", "md") if (path := getattr(args, kind)) is not None}
-    files.check(list(wanted.values()))
+    inputs = steps.inputs_of(args)
+    files.check(wanted.values(), inputs)
     plans = steps.plans_of(args)
+    if len(plans) > 1:
+        files.check([p for first in wanted.values() for p in steps.numbered(first, len(plans))], inputs)
     files.write(rendered(plans, wanted))
     columns = min(shutil.get_terminal_size((MAX_WIDTH, 24)).columns, MAX_WIDTH)
     for plan in plans:
@@ -64,8 +67,8 @@ def rendered(plans: tuple[Plan, ...], wanted: Mapping[str, str]) -> dict[str, st
         "html": report.render_html,
         "md": report.to_markdown,
     }
-    return {
-        path: renderers[kind](plan)
-        for kind, first in wanted.items()
-        for plan, path in zip(plans, steps.numbered(first, len(plans)), strict=True)
-    }
+    texts: dict[str, str] = {}
+    for kind, first in wanted.items():
+        for plan, path in zip(plans, steps.numbered(first, len(plans)), strict=True):
+            texts[path] = texts.get(path, "") + renderers[kind](plan)
+    return texts

@@ -7,7 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ciuic_compile.cli import files
 from ciuic_compile.errors import OptionError, TargetError
+from ciuic_compile.writing import is_special
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,11 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def inputs_of(args: argparse.Namespace) -> list[str]:
+    """The files that planning the target with these options reads, as far as that is known before."""
+    return files.read_for(args.target, options_of(args))
+
+
 def load(args: argparse.Namespace, allocate: torch.device | None = None) -> Target:
     """The target that was named, with the batch that was asked for."""
     from ciuic_compile import hugging_face, targets
@@ -128,9 +135,11 @@ def device(text: str | None) -> torch.device:
 
 
 def numbered(path: str, count: int) -> Sequence[str]:
-    """Paths for so many plans: ``plan.json``, ``plan-2.json``, ..."""
+    """Paths for so many plans: ``plan.json``, ``plan-2.json``, ...; a device or a pipe takes them all."""
     from ciuic_compile.report.emit import numbered
 
+    if is_special(path):
+        return [path] * count
     return [numbered(path, number) for number in range(1, count + 1)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ciuic_compile.cli import exit_codes, new_parser, steps
+from ciuic_compile.cli import exit_codes, files, new_parser, steps
 
 EXAMPLES = """
 ciuic verify train.py:make_model
@@ -39,9 +39,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan without running, run, compare."""
     from ciuic_compile import verifying
+    from ciuic_compile.config import REPORT_SUFFIXES
     from ciuic_compile.devices import profile_for
     from ciuic_compile.report._format import size
 
+    report = steps.options_of(args)["report"]
+    if isinstance(report, str) and report.endswith(REPORT_SUFFIXES):
+        files.check([report], steps.inputs_of(args))
     device = steps.device(args.on)
     dynamic = True if args.dynamic else None
     planned = steps.plans_of(args, profile_for(device).name)

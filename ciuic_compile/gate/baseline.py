@@ -18,7 +18,8 @@ from typing import Any, Final
 from ciuic_compile.errors import BaselineError, OutputError
 from ciuic_compile.gate.record import Fixed, Place, Record, Row
 from ciuic_compile.gate.source_lines import Text
-from ciuic_compile.report.emit import write_atomically
+from ciuic_compile.gate.validate import problems
+from ciuic_compile.writing import write_file
 
 SCHEMA: Final = "ciuic.baseline/1"
 _FAMILY: Final = "ciuic.baseline/"
@@ -78,33 +79,45 @@ def schema() -> dict[str, Any]:
 
 def load_if_there(path: Path) -> Baseline:
     """The baseline at a path; an empty one where there is no file. Raises as :func:`load`."""
-    return load(path) if path.exists() else Baseline()
+    text = _text(path)
+    return Baseline() if text is None else loads(text, str(path))
 
 
 def load(path: Path) -> Baseline:
     """Read a baseline.
 
     Raises:
-        BaselineError: missing, not JSON, truncated, of another version, or a field missing or mistyped.
+        BaselineError: missing, not JSON, truncated, of another version, a key twice, or against the schema.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if (text := _text(path)) is None:
         raise BaselineError(
             f"{path} does not exist: nothing has been accepted yet\n"
             "  fix: ciuic accept --all -m 'first baseline', and commit the file"
-        ) from None
+        )
+    return loads(text, str(path))
+
+
+def _text(path: Path) -> str | None:
+    """What is in a file; None: there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise BaselineError(
             f"{path} cannot be read: {error}\n  fix: restore it from version control"
         ) from error
-    return loads(text, str(path))
 
 
 def loads(text: str, path: str = "the baseline") -> Baseline:
     """Read a baseline's text; ``path`` is what errors call it."""
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object_of, parse_constant=_no_constant)
+    except _TwiceError as error:
+        raise BaselineError(
+            f"{path} has the key {error.key!r} twice in one object, as a merge of two branches may leave it\n"
+            "  fix: remove one of the two, or restore the file from version control"
+        ) from None
     except (ValueError, RecursionError) as error:
         what = "empty" if not text.strip() else "not valid JSON"
         if any(mark in text for mark in ("<<<<<<< ", ">>>>>>> ")):
@@ -121,13 +134,36 @@ def loads(text: str, path: str = "the baseline") -> Baseline:
             f"{path} was written by another version of ciuic-compile: schema {found!r}, this version reads "
             f"{SCHEMA!r}\n  fix: install the version that wrote it, or delete it and accept again"
         )
+    wrong = next(problems(document, schema()), None)
     try:
-        return Baseline({name: _accepted(entry) for name, entry in document["entries"].items()})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise BaselineError(
-            f"{path} does not follow schema {SCHEMA!r} ({detail})\n  fix: restore it from version control"
-        ) from error
+        if wrong is None:
+            return Baseline({name: _accepted(entry) for name, entry in document["entries"].items()})
+    except (ValueError, OverflowError) as error:  # a line or a figure that is none
+        wrong = str(error)
+    raise BaselineError(
+        f"{path} does not follow schema {SCHEMA!r}: {wrong}\n  fix: restore it from version control"
+    )
+
+
+class _TwiceError(ValueError):
+    """A key that is twice in one object: which of the two holds would be a guess."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _TwiceError(key)
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def save(baseline: Baseline, path: Path) -> None:
@@ -137,7 +173,7 @@ def save(baseline: Baseline, path: Path) -> None:
         OutputError: it cannot be written; the file is as it was.
     """
     try:
-        write_atomically(str(path), dumps(baseline))
+        write_file(path, dumps(baseline))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}; it is as it was") from error
 
@@ -228,67 +264,41 @@ def _hashes(text: Text) -> str:
     return " ".join(every.get(i, _BLANK) for i in range(1, max(every, default=0) + 1))
 
 
-def _accepted(data: Any) -> Accepted:
-    figures = {name: _figure(data[name], float if name in ("time_us", "error") else int) for name in _FIGURES}
+def _accepted(data: dict[str, Any]) -> Accepted:
+    """An entry that follows the schema; ValueError or OverflowError where a line or a figure is none."""
+    figures: dict[str, Any] = {
+        name: float(data[name]) if name in ("time_us", "error") else data[name] for name in _FIGURES
+    }
     record = Record(
-        target=_is(data["target"], str),
-        settings=_is(data["settings"], dict),
-        environment={key: _is(value, str) for key, value in data["environment"].items()},
+        target=data["target"],
+        settings=data["settings"],
+        environment=data["environment"],
         **figures,
-        dynamic=_is(data["dynamic"], bool),
+        dynamic=data["dynamic"],
         inputs=tuple(map(_read_fixed, data["inputs"])),
         parameters=tuple(map(_read_fixed, data["parameters"])),
         rows=tuple(map(_read_row, data["storages"])),
         files={name: _read_hashes(hashes) for name, hashes in data["files"].items()},
     )
-    history = tuple(
-        Acceptance(
-            date=_is(a["date"], str),
-            reason=_is(a["reason"], str),
-            peak_bytes=_figure(a["peak_bytes"], int),
-            before_bytes=a["before_bytes"],
-            torch=_is(a["torch"], str),
-        )
-        for a in data["history"]
-    )
-    return Accepted(record, history)
+    return Accepted(record, tuple(Acceptance(**acceptance) for acceptance in data["history"]))
 
 
-def _is(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, found {str(value)[:40]!r}")
-    return value
+def _read_fixed(f: dict[str, Any]) -> Fixed:
+    return Fixed(f["name"], f["dtype"], tuple(f["shape"]), f["count"], f["bytes"])
 
 
-def _figure(value: Any, kind: type) -> Any:
-    if kind is float:
-        number = float(value) if value in ("inf", "-inf", "nan") or isinstance(value, (int, float)) else None
-    else:
-        number = value if type(value) is int and value >= 0 else None
-    if number is None:
-        raise TypeError(f"expected a number, found {str(value)[:40]!r}")
-    return number
-
-
-def _read_fixed(f: Any) -> Fixed:
-    return Fixed(
-        _is(f["name"], str), _is(f["dtype"], str), tuple(f["shape"]), f["count"], _figure(f["bytes"], int)
-    )
-
-
-def _read_row(r: Any) -> Row:
-    module, _, op = _is(r["id"], str).rpartition("/")
-    file, _, line = _is(r["source"], str).rpartition(":")
-    place = Place(module, op, _is(r["dtype"], str), _is(r["code"], str), file, int(line or 0))
+def _read_row(r: dict[str, Any]) -> Row:
+    module, _, op = r["id"].rpartition("/")
+    file, _, line = r["source"].rpartition(":")
+    place = Place(module, op, r["dtype"], r["code"], file, int(line or 0))
     figures = {
-        name: _figure(r[name], int)
-        for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")
+        name: r[name] for name in ("count", "saved", "inductor_saved", "peak", "inductor_peak", "returned")
     }
     shapes = tuple(tuple(shape) for shape in r["shapes"])
-    return Row(place, nbytes=_figure(r["bytes"], int), codecs=_is(r["how"], str), shapes=shapes, **figures)
+    return Row(place, nbytes=r["bytes"], codecs=r["how"], shapes=shapes, **figures)
 
 
-def _read_hashes(text: Any) -> Text:
-    found = [(i, h) for i, h in enumerate(_is(text, str).split(), 1) if h != _BLANK]
+def _read_hashes(text: str) -> Text:
+    found = [(i, h) for i, h in enumerate(text.split(), 1) if h != _BLANK]
     exact, shapes = tuple(h[:6] for _, h in found), tuple(h[6:] for _, h in found)
     return Text(exact, tuple(i for i, _ in found), (), shapes=shapes)

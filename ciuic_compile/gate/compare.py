@@ -192,7 +192,7 @@ def _failed(
         return replace(
             found,
             status=Status.ENVIRONMENT if environment == "fail" else Status.PASS,
-            details=(f"{versions}; no line of your code did", *found.details),
+            details=(f"{versions}; no line of your code did ({_files(now)})", *found.details),
             fix=f"look at the change, then accept it for the new version: {accept} '{versions}'",
         )
     if versions and not same_code:
@@ -200,6 +200,15 @@ def _failed(
         found = replace(found, details=(both, *found.details))
     fix = f"if this is meant: {accept} 'why'"
     return replace(found, status=Status.REGRESSION, culprits=find(before, now), fix=fix)
+
+
+def _files(record: Record) -> str:
+    """Which files were compared: what a program reads besides is not known."""
+    names = [*record.files]
+    return (
+        ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if names[4:] else "")
+        or "no file is known"
+    )
 
 
 def _passed(found: Check, before: Record, now: Record, accept: str, limits: Limits) -> Check:

@@ -19,6 +19,7 @@ from ciuic_compile.gate.settings import Entry
 from ciuic_compile.gate.source_lines import Text, user_files
 from ciuic_compile.report._format import op_label, star
 from ciuic_compile.types import Action, Decision, Plan
+from ciuic_compile.versions import version
 
 _OP: Final = re.compile(r"([^/]+)#\d+")  # in a block's id
 
@@ -123,6 +124,7 @@ def record(
     root: Path | None = None,
     *,
     files: bool = True,
+    also: Sequence[Path] = (),
 ) -> Record:
     """Sum up the plans of one step.
 
@@ -131,6 +133,7 @@ def record(
         inputs: what it is called with.
         root: what files are relative to; None: the working directory.
         files: whether the user's files as they are now are those that were planned.
+        also: more of them, which neither target nor model name.
 
     Where Dynamo made several graphs, each one's peak comes on top of what the graphs before it save: the
     step's peak is the largest of these sums.
@@ -138,7 +141,7 @@ def record(
     rows, peaks = _rows(plans)
     parameters, example = _parameters(model), _inputs(inputs)
     fixed = sum(f.nbytes for f in (*parameters, *example))
-    traced = {row.place.file for row in rows if row.place.file}
+    traced = {row.place.file for row in rows if row.place.file} | {str(path) for path in also}
     texts = user_files(model, entry.target, traced, root or Path.cwd()) if files else {}
     return Record(
         target=entry.target,
@@ -180,12 +183,7 @@ def environment(model: nn.Module | None = None) -> dict[str, str]:
     owners = metadata.packages_distributions() if roots - {"torch", "__main__"} else {}
     for root in roots - {"torch", "__main__"}:
         packages.update(owners.get(root, ()))
-    for package in sorted(packages):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a checkout on sys.path
-            continue
-    return found
+    return found | {package: text for package in sorted(packages) if (text := version(package))}
 
 
 def _rows(plans: Sequence[Plan]) -> tuple[tuple[Row, ...], tuple[int, int]]:

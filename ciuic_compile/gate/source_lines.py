@@ -14,20 +14,24 @@ import hashlib
 import inspect
 import io
 import keyword
+import os
 import sys
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+from ciuic_compile.imports import imported_files, module_files
 
 _SKIPPED = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
     tokenize.ENCODING,
 }  # fmt: skip
 _IDLE = (ast.Pass, ast.Import, ast.ImportFrom, ast.Assert, ast.Raise)
+_OURS = Path(__file__).parents[1]
 _INSTALLED = ("/site-packages/", "/dist-packages/", f"/lib/python{sys.version_info[0]}.")
 
 
@@ -194,31 +198,56 @@ def _opcodes(old: Sequence[str], new: Sequence[str]) -> Sequence[tuple[str, int,
 def user_files(model: object, target: str, traced: Iterable[str], root: Path) -> dict[str, Text]:
     """The user's own files behind a target, by the names that plans have for them.
 
+    They are the target's, those of the model's classes, those that were traced, and whatever all of these
+    import, wherever they do: a constant of another module leaves no trace in a plan. Which modules happen to
+    be loaded does not matter, so the same program always has the same files. What is installed does not
+    count: its version does. Files that the program opens are not known.
+
     Args:
         model: an ``nn.Module``, whose classes' files count; anything else has none.
         target: of an entry; a Hugging Face folder's config.json is a source, too.
         traced: files that plans name, relative to ``root`` or absolute.
         root: what names are relative to.
     """
-    paths = [root / name for name in traced]
     name = target.rpartition(":")[0] or target
-    paths += [root / name, root / name / "config.json"]
-    module = sys.modules.get(name)
-    paths += [Path(module.__file__)] if isinstance(module, ModuleType) and module.__file__ else []
+    search = list(dict.fromkeys(str(p) for p in (root, (root / name).parent, *sys.path)))
+    paths = [root / file for file in (*sorted(traced), name)] + [root / name / "config.json"]
+    if not name.endswith(".py") and os.sep not in name:
+        paths += module_files(name, search)
     for part in {type(m) for m in getattr(model, "modules", list)()}:
         code = getattr(inspect.unwrap(part.forward), "__code__", None)
         paths += [Path(code.co_filename)] if code is not None else []
-    found: dict[str, Text] = {}
-    for path in dict.fromkeys(p.absolute() for p in paths):
-        slashed = path.as_posix()
-        if any(mark in slashed for mark in _INSTALLED) or not path.is_file():
+    texts: dict[Path, Text] = {}
+    waiting, seen = deque(p.absolute() for p in paths), set[Path]()
+    while waiting:
+        path = Path(os.path.normpath(waiting.popleft()))
+        if path in seen or _is_foreign(path) or not path.is_file():
             continue
-        label = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        seen.add(path)
         try:
-            found.setdefault(label, parse(path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
+        texts[path] = parse(text)
+        waiting += imported_files(path, text, search)
+    found: dict[str, Text] = {}
+    for path in sorted(texts, key=lambda path: (not path.is_relative_to(root), path)):
+        found[_label(path, root, found)] = texts[path]
     return dict(sorted(found.items()))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is not the user's: installed, Python's own, or this package's."""
+    return any(mark in path.as_posix() for mark in _INSTALLED) or path.is_relative_to(_OURS)
+
+
+def _label(path: Path, root: Path, taken: Container[str]) -> str:
+    """A file's name: below ``root``, elsewhere as short as it can be without being another one's."""
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    parts = path.parts
+    names = ("/".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((name for name in names if name not in taken), path.as_posix())
 
 
 def digest(texts: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 
-from ciuic_compile.types import Plan
+from ciuic_compile.types import Plan, Track
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _INDEX = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])")
@@ -129,3 +129,12 @@ def price_sentence(plan: Plan) -> str:
     costs = "is more than any plan found can do" if less is None else f"costs {duration(less).lstrip('+')}"
     weighed = ", gradient error weighed in" if plan.gradient_error else ""
     return f"{step} more saves {more} a step, {step} less {costs}{weighed}"
+
+
+def step_name(track: Track, step: int) -> str:
+    """``forward 3 of 9``, ``between forward and backward`` or ``backward 2 of 8``: the HTML page's words."""
+    if step < track.forward_steps:
+        return f"forward {step + 1} of {track.forward_steps}"
+    inside = step - track.forward_steps  # at the first of them no kernel runs
+    count = len(track.steps) - track.forward_steps - 1
+    return f"backward {inside} of {count}" if inside else "between forward and backward"

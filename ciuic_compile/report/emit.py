@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
 import sys
 import threading
@@ -18,6 +16,7 @@ from ciuic_compile.report.html import render_html
 from ciuic_compile.report.plan_json import to_json
 from ciuic_compile.report.text import MAX_WIDTH, render_note, render_text, styled
 from ciuic_compile.types import Plan
+from ciuic_compile.writing import write_file
 
 LOGGER: Final = logging.getLogger("ciuic_compile")
 _lock = threading.Lock()
@@ -72,7 +71,7 @@ def emit(plan: Plan, config: CompileConfig) -> str | None:
         number = _written[config.report] = _written.get(config.report, 0) + 1
     path = numbered(config.report, number)
     try:
-        write_atomically(path, _WRITERS[suffix](plan))
+        write_file(path, _WRITERS[suffix](plan))
     except OSError as error:
         _attach()
         LOGGER.warning("ciuic: cannot write the plan to %s: %s", path, error)
@@ -100,25 +99,6 @@ def numbered(path: str, number: int) -> str:
 def _suffix(path: str) -> str:
     """The suffix that says what to write there: of two that fit (``.json``, ``.trace.json``) the longer."""
     return max((suffix for suffix in _WRITERS if path.endswith(suffix)), key=len, default="")
-
-
-def write_atomically(path: str, content: str | bytes) -> None:
-    """Write ``content`` so that a reader of ``path`` sees the old file or the whole new one.
-
-    Raises:
-        OSError: the directory is gone, full or not writable; nothing is left behind.
-    """
-    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    try:
-        if isinstance(content, str):
-            content = content.encode("utf-8", "backslashreplace")
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _full(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from ciuic_compile.report._format import (
     short_file,
     size,
     star,
+    step_name,
 )
 from ciuic_compile.report.summary import action_label, reason_of
 from ciuic_compile.types import Action, Block, Decision, Line, Plan, Source, TensorClass, Timeline
@@ -89,9 +90,6 @@ def _names(what: str, decision: Decision) -> bool:
 def _alive(timeline: Timeline, width: int) -> list[str]:
     track = timeline.planned
     step = track.peak_step
-    half, at, of = "forward", step + 1, track.forward_steps
-    if step >= track.forward_steps:
-        half, at, of = "backward", step - track.forward_steps + 1, len(track.steps) - track.forward_steps
     groups: dict[tuple[str, ...], list[Block]] = {}
     for block in track.alive(step):
         line = timeline.line(block)
@@ -105,7 +103,7 @@ def _alive(timeline: Timeline, width: int) -> list[str]:
         rows.append(_row(sum(b.nbytes for b in blocks), len(blocks), what, module, where, code, width))
     rest = sum(b.nbytes for _, blocks in order[_SHOWN:] for b in blocks)
     more = [f"  {size(rest):>10}       in {len(order) - _SHOWN} more groups"] if rest else []
-    return [f"  alive at the simulated peak, kernel {at} of {of} of the {half}:", *rows, *more]
+    return [f"  alive at the simulated peak, {step_name(track, step)}:", *rows, *more]
 
 
 def _saved(plan: Plan, width: int) -> list[str]:

@@ -19,12 +19,19 @@ from ciuic_compile import cli, verifying
 from ciuic_compile.cli import exit_codes, files
 from ciuic_compile.errors import CiuicError, InfeasibleBudgetError, OutputError, VerificationError
 from ciuic_compile.report import from_json
+from ciuic_compile.types import Plan
 from tests.cli.conftest import TRAIN, Ran
 from tests.training import kernel_cache as kernel_cache
 from tests.training import only_kernels_cached
 
 Ciuic = Callable[..., Ran]
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def plan_of() -> Plan:
+    """A plan that nothing was planned for."""
+    return Plan("graph 0", "4:1", (), 8, 2, 8, 4, 0.01, 0.04, 1.0)
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -218,12 +225,81 @@ def test_an_output_that_cannot_be_written_is_told_first(path: str, train: Path, 
     assert f"cannot write {path!r}" in ran.err and "made" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("argv", "path"),
+    [
+        (("plan", "t.py:f", "--json", "t.py"), "t.py"),
+        (("plan", "t.py:f", "--html", "./folder/../t.py"), "./folder/../t.py"),
+        (("plan", "t.py:f", "--md", "link.md"), "link.md"),
+        (("plan", "t.py:f", "--md", "hard.md"), "hard.md"),
+        (("plan", "t:f", "--json", "t.py"), "t.py"),
+        (("plan", "package.t:f", "--json", "package/t.py"), "package/t.py"),
+        (("plan", "package.t:f", "--json", "package/__init__.py"), "package/__init__.py"),
+        (("plan", "folder", "--json", "folder/config.json"), "folder/config.json"),
+        (("plan", "t.py:f", "--device", "gpu.json", "--json", "gpu.json"), "gpu.json"),
+        (("plan", "t.py:f", "--option", "calibration=c.json", "--json", "c.json"), "c.json"),
+        (("calibrate", "folder", "-o", "folder/config.json"), "folder/config.json"),
+        (
+            ("verify", "t.py:f", "--option", "calibration=c.json", "--option", "report=c.json"),
+            "c.json",
+        ),
+        (("diff", "c.json", "t.py:f", "-o", "t.py"), "t.py"),
+        (("diff", "c.json", "t.py:f", "-o", "c.json"), "c.json"),
+    ],
+)
+def test_no_output_overwrites_an_input(
+    argv: tuple[str, ...], path: str, train: Path, ciuic: Ciuic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "raise SystemExit('made')"
+    for name in ("t", "package", "package.t"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("t.py", "package/__init__.py", "package/t.py", "folder/config.json", "gpu.json", "c.json"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_text(text)
+    (train / "link.md").symlink_to("t.py")
+    os.link(train / "t.py", train / "hard.md")
+    ran = ciuic(*argv)
+    assert ran.status == 2 and ran.out == ""
+    assert f"output {path!r}: this command reads that file" in ran.err and "made" not in ran.err
+    assert (train / path).read_text() == text
+
+
+def test_the_files_of_several_graphs_overwrite_neither_inputs_nor_each_other(
+    train: Path, ciuic: Ciuic, plan_of: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciuic_compile.cli.steps.plans_of", lambda args: (plan_of, plan_of))
+    (train / "p-2.json").write_text("a calibration")
+    ran = ciuic("plan", "train.py:f", "--json", "p.json", "--option", "calibration=p-2.json")
+    assert ran.status == 2 and "output 'p-2.json': this command reads that file" in ran.err
+    ran = ciuic("plan", "train.py:f", "--json", "p.json", "--md", "p-2.json")
+    assert ran.status == 2 and "two outputs have the same path" in ran.err
+    assert (train / "p-2.json").read_text() == "a calibration"
+    assert not (train / "p.json").exists()
+
+
+def test_a_pipe_takes_all_plans_and_stays_one(
+    train: Path, ciuic: Ciuic, plan_of: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciuic_compile.cli.steps.plans_of", lambda args: (plan_of, plan_of))
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)  # so that nobody waits
+    try:
+        assert ciuic("plan", "train.py:f", "--json", "pipe", "--md", "pipe").status == 0
+        read = os.read(reader, 2**16).decode()
+    finally:
+        os.close(reader)
+    assert read.count('"ciuic.plan/') == 2 and (train / "pipe").is_fifo() and not (train / "pipe-2").exists()
+
+
 def test_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("old")
     with pytest.raises(OutputError, match="cannot write"):
         files.write({str(tmp_path / "a"): "new", str(tmp_path / "gone" / "b"): "new"})
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(OutputError, match="same path"):
+        files.check([str(tmp_path / "a"), str(tmp_path / "link")])
     with pytest.raises(OutputError, match="same path"):
         files.check([str(tmp_path / "a"), str(tmp_path / "." / "a")])
 

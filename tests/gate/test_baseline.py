@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ciuic_compile.errors import BaselineError, OutputError
 from ciuic_compile.gate import baseline
 from ciuic_compile.gate.baseline import Baseline, dumps, load, loads, save
+from ciuic_compile.gate.source_lines import parse
+from ciuic_compile.gate.validate import problems
 from tests.gate.records import CODE, make_record, row
 
 
@@ -90,6 +95,23 @@ def test_acceptances_are_kept_with_their_reasons() -> None:
         (dumps(one()).replace('"peak_bytes": 4096,', '"peak_bytes": "4096",'), "does not follow"),
         (dumps(one()).replace('"storages"', '"storage"'), "does not follow"),
         (dumps(one()).replace('"source": "model.py:', '"source": "model.py:x'), "does not follow"),
+        (dumps(one()).replace('{"mode": "4:1"}', '"4:1"'), "/entries/net/settings/options: expected object"),
+        (
+            dumps(one()).replace('"count": 1', '"count": "1"', 1),
+            "/inputs/0/count: expected integer, found '1'",
+        ),
+        (
+            dumps(one()).replace('"shape": [8, 4]', '"shape": 8', 1),
+            "/inputs/0/shape: expected array, found 8",
+        ),
+        (dumps(one()).replace('"shape": [8, 4]', '"shape": ["8"]', 1), "/inputs/0/shape/0: expected integer"),
+        (dumps(one()).replace('"shapes": [[', '"shapes": [["8"],[', 1), "/storages/0/shapes/0/0: expected"),
+        (dumps(one()).replace('"time_us": 10.0', '"time_us": NaN'), "NaN is no JSON"),
+        (dumps(one()).replace('"time_us": 10.0', f'"time_us": 1{"0" * 400}'), "does not follow"),
+        (dumps(one()).replace('"graphs": 1', '"graphs": true'), "/entries/net/graphs: expected integer"),
+        (dumps(one()).replace('"graphs": 1', '"graphs": 1, "graphs": 1'), "the key 'graphs' twice"),
+        (dumps(one()).replace('"net": {', '"net": {}, "net": {'), "the key 'net' twice"),
+        (dumps(one()).replace('{"mode": "4:1"}', '{"mode": "4:1", "mode": "2:1"}'), "the key 'mode' twice"),
     ],
 )
 def test_a_broken_file_is_told(text: str, words: str) -> None:
@@ -118,3 +140,44 @@ def test_a_row_keeps_its_place() -> None:
     made = row(CODE[2], 3, "blocks.*", nbytes=5)
     read = loads(dumps(Baseline().accept("n", replace(make_record(), rows=(made,)), "x", "2026-01-02")))
     assert read.entries["n"].record.rows == (made,)
+
+
+def mutations(value: Any) -> Iterator[Any]:
+    """The document with one thing in it missing, added or replaced, for every thing."""
+    yield from ("x", "", -1, 1.5, True, None, [], {}, [3], {"x": 1})
+    if isinstance(value, dict):
+        yield {**value, "another": 1}
+        for key, item in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: other} for other in mutations(item))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from ([*value[:i], other, *value[i + 1 :]] for other in mutations(item))
+
+
+def test_what_is_read_is_what_the_published_schema_allows() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    small = replace(
+        make_record(), rows=make_record().rows[:1], parameters=(), files={"a.py": parse("a = 1\n")}
+    )
+    document = json.loads(dumps(Baseline().accept("net", small, "first", "2026-01-02")))
+    validator = jsonschema.Draft202012Validator(baseline.schema())
+    told = [(next(problems(m, baseline.schema()), ""), validator.is_valid(m)) for m in mutations(document)]
+    assert len(told) > 500 and {bool(wrong) for wrong, _ in told} == {True, False}
+    assert [wrong for wrong, valid in told if bool(wrong) == valid] == []
+
+
+def test_every_word_of_the_schema_is_understood() -> None:
+    def words(schema: Any) -> Iterator[str]:
+        yield from schema
+        of_them = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+        of_them += [v for k in ("items", "additionalProperties") if isinstance(v := schema.get(k), dict)]
+        for part in of_them:
+            yield from words(part)
+
+    assert set(words(baseline.schema())) - {"$schema", "$id", "title", "description"} == {
+        "type", "const", "enum", "anyOf", "properties", "required", "additionalProperties", "items",
+        "minItems", "minLength", "minimum", "pattern",
+    }  # fmt: skip
+    texts = json.dumps(baseline.schema())
+    assert set(re.findall(r'"min(?:Items|Length)": (\d+)', texts)) == {"1"}  # which is: not empty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def of_another(folder: Path) -> None:
     path.write_text(path.read_text().replace('"target": "model.py:make"', '"target": "vit.py:make"'))
 
 
+def edited(old: str, new: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "ciuic-baseline.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
@@ -131,6 +141,10 @@ def of_another(folder: Path) -> None:
         (remove("ciuic-baseline.json"), 3, "no baseline"),
         (write("ciuic-baseline.json", '{"schema": "ciuic.baseline/1", "entr'), 3, "truncated"),
         (write("ciuic-baseline.json", '{"schema": "ciuic.baseline/9"}'), 3, "another version"),
+        (edited('"options": {"mode": "lossless"}', '"options": 3'), 3, "/settings/options: expected object"),
+        (edited('"count": 1', '"count": "1"'), 3, "/count: expected integer, found '1'"),
+        (edited('"shape": [512', '"shape": ["512"'), 3, "/shape/0: expected integer, found '512'"),
+        (edited('"net": {', '"net": {}, "net": {'), 3, "has the key 'net' twice"),
         (of_another, 3, "another target"),
         (write("ciuic.toml", SETTINGS + 'budget = "1 KiB"\n'), 4, "1,024 bytes"),
         (write("ciuic.toml", SETTINGS + 'hard_limit = "1 KiB"\n'), 1, "hard limit"),
@@ -156,6 +170,12 @@ def test_broken_input_is_one_clear_message(
         (["check", "nett"], "did you mean 'net'?"),
         (["check", "-o", "missing/out.xml"], "no folder"),
         (["check", "-o", "."], "it is a folder"),
+        (["check", "-o", "ciuic-baseline.json"], "this command reads that file"),
+        (["check", "-o", "ciuic.toml"], "this command reads that file"),
+        (["check", "--format", "sarif", "-o", "model.py"], "this command reads that file"),
+        (["accept", "--all", "-m", "x", "--baseline", "model.py"], "this command reads that file"),
+        (["accept", "--all", "-m", "x", "--baseline", "missing/b.json"], "no folder"),
+        (["diff", "ciuic-baseline.json", "model.py:make", "-o", "model.py"], "this command reads that file"),
         (["accept", "net"], "needs a reason"),
         (["accept", "-m", "x"], "names of entries or --all"),
         (["diff", "a.json", "b.json"], "cannot be read"),
@@ -167,6 +187,17 @@ def test_wrong_usage_does_nothing(guarded: Path, ciuic: Run, argv: list[str], wo
     ran = ciuic(*argv)
     assert ran.status == 2 and words in ran.err and ran.out == ""
     assert files(guarded) == before
+
+
+def test_a_pipe_takes_the_outcome_and_stays_one(guarded: Path, ciuic: Run) -> None:
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDWR | os.O_NONBLOCK)  # so that nobody waits
+    try:
+        assert ciuic("check", "--format", "json", "-o", "pipe").status == 0
+        assert json.loads(os.read(reader, 2**16))["exit_code"] == 0
+    finally:
+        os.close(reader)
+    assert (guarded / "pipe").is_fifo()
 
 
 def test_accept_writes_all_or_nothing(guarded: Path, ciuic: Run) -> None:

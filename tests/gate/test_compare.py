@@ -94,7 +94,7 @@ def test_another_torch_is_told_apart_from_a_change_of_code() -> None:
     newer = replace(BEFORE, peak_bytes=9999, environment={**BEFORE.environment, "torch": "2.14.0"})
     found = judged(newer)
     assert (found.status, found.exit_code) == (Status.ENVIRONMENT, 3)
-    assert "torch 2.13.0 -> 2.14.0; no line of your code did" in found.details[0]
+    assert "torch 2.13.0 -> 2.14.0; no line of your code did (model.py)" in found.details[0]
     assert not found.culprits and "torch 2.13.0 -> 2.14.0" in found.fix
     assert judged(newer, environment="warn").exit_code == 0
     both = judged(replace(newer, files={"model.py": parse("x = 1\n")}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import Enum
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+import ciuic_compile
 from ciuic_compile.gate import record as module
+from ciuic_compile.gate.formats import Outcome, render
 from ciuic_compile.gate.record import environment, record
 from ciuic_compile.gate.settings import Entry
 from ciuic_compile.types import Action, Decision, Plan, Source, Storage, TensorClass
@@ -89,6 +93,16 @@ def test_shared_parameters_count_once_and_buffers_count() -> None:
     assert sum(f.nbytes for f in found.parameters) == 64 + 4 * 16 + 8
     assert [f.shape for f in found.inputs] == [(2, 4), (3,)]
     assert found.input_bytes == 64 + 4 * 16 + 8 + 32 + 12
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert environment()["ciuic-compile"] == ciuic_compile.__version__
+    driver = json.loads(render(Outcome("check", ()), "sarif"))["runs"][0]["tool"]["driver"]
+    assert driver["version"] == ciuic_compile.__version__
 
 
 def test_the_environment_has_no_build_tags() -> None:

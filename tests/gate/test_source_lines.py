@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from ciuic_compile.gate.source_lines import Text, changes, parse
+from ciuic_compile.gate.source_lines import Text, changes, digest, parse, user_files
 
 BEFORE = '''\
 """A model."""
@@ -91,3 +94,78 @@ def test_a_line_that_is_gone_shows_in_what_comes_behind_it() -> None:
     assert changed(("        x = self.up(x)\n", "")) == ["return F.relu(x)"]
     found = changes(known(BEFORE), parse(BEFORE.replace("        x = self.up(x)\n", "")))
     assert found.removed == found.changed
+
+
+PROGRAM = {
+    "train.py": "import sys\nimport torch, plain\nfrom package.part import X\nimport package.deep.er as e\n",
+    "plain.py": "def f():\n    import lazy\n    from package import late\n",
+    "lazy.py": "import plain\nimport importlib\nimportlib.import_module('named')\n",
+    "named.py": "",
+    "package/__init__.py": "",
+    "package/part.py": "from . import beside\nfrom .deep import around\nfrom missing import x\n",
+    "package/late.py": "try:\n    import optional\nexcept ImportError:\n    pass\n",
+    "package/beside.py": "",
+    "package/deep/__init__.py": "from ..up import y\n",
+    "package/deep/er.py": "",
+    "package/deep/around.py": "",
+    "package/up.py": "import ciuic_compile.config\n",
+    "optional.py": "",
+    "unused.py": "",
+    "package/unused.py": "",
+}
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules, none of which is loaded."""
+    for name, text in PROGRAM.items():
+        monkeypatch.delitem(sys.modules, name.partition("/")[0].removesuffix(".py"), raising=False)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+USED = sorted(name for name in PROGRAM if "unused" not in name)
+
+
+def test_what_a_target_imports_counts_whether_it_is_loaded_or_not(program: Path) -> None:
+    before = set(sys.modules)
+    assert list(user_files(None, "train.py:make", (), program)) == USED
+    assert list(user_files(None, "train:make", (), program)) == USED
+    assert list(user_files(None, "package.part:make", ["named.py"], program)) == [
+        "named.py", *(name for name in USED if name.startswith("package/") and name not in LATER),
+    ]  # fmt: skip
+    assert set(sys.modules) == before
+
+
+LATER = ("package/late.py", "package/deep/er.py")
+
+
+@pytest.mark.parametrize("name", USED)
+def test_an_edit_of_any_of_them_is_seen(program: Path, name: str) -> None:
+    before = digest(user_files(None, "train.py:make", (), program))
+    (program / name).write_text(PROGRAM[name] + "WIDTH = 512\n")
+    assert digest(user_files(None, "train.py:make", (), program)) != before
+    (program / name).write_text(PROGRAM[name] + "# a comment\n")
+    assert digest(user_files(None, "train.py:make", (), program)) == before
+
+
+def test_a_module_that_is_loaded_is_the_file_that_was_loaded(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program / "elsewhere").mkdir()
+    (program / "elsewhere" / "named.py").write_text("")
+    module = ModuleType("named")
+    module.__file__ = str(program / "elsewhere" / "named.py")
+    monkeypatch.setitem(sys.modules, "named", module)
+    found = user_files(None, "train.py:make", (), program)
+    assert "elsewhere/named.py" in found and "named.py" not in found
+
+
+def test_files_outside_of_the_root_have_names_of_their_own(program: Path) -> None:
+    root = program / "root"
+    root.mkdir()
+    (root / "plain.py").write_text("")
+    found = user_files(None, "none:make", [str(program / n) for n in USED] + ["plain.py"], root)
+    assert len(found) == len(USED) + 1
+    assert {"plain.py", f"{program.name}/plain.py", "__init__.py", "deep/__init__.py"} <= set(found)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ciuic_compile.report import render_html
-from ciuic_compile.report._format import size
-from ciuic_compile.types import Block, Plan, Timeline, Track
+from ciuic_compile.report._format import size, step_name
+from ciuic_compile.types import Block, Plan, Timeline
 from tests.report.browser import Page, browser, find
 
 pytestmark = pytest.mark.skipif(
@@ -59,12 +59,6 @@ def chart(page: Page) -> list[float]:
     page.run("document.getElementById('planned').scrollIntoView({block: 'center'})")
     box = "document.getElementById('planned').getBoundingClientRect()"
     return list(page.run(f"(b => [b.left, b.top, b.width, b.height])({box})"))
-
-
-def step_name(track: Track, step: int) -> str:
-    if step < track.forward_steps:
-        return f"forward {step + 1} of {track.forward_steps}"
-    return f"backward {step - track.forward_steps} of {len(track.steps) - track.forward_steps - 1}"
 
 
 def test_no_request_and_no_error(opened: Page, file: Path) -> None:

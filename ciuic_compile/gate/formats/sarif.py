@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import metadata
 from typing import Any, Final
 from urllib.parse import quote
 
 from ciuic_compile.gate.compare import Check, Status
 from ciuic_compile.gate.culprits import Culprit
 from ciuic_compile.gate.formats import Outcome
+from ciuic_compile.versions import version
 
 _SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _RULES: Final = {
@@ -38,9 +38,7 @@ def render(outcome: Outcome) -> str:
         "version": "2.1.0",
         "runs": [
             {
-                "tool": {
-                    "driver": {"name": "ciuic", "version": metadata.version("ciuic-compile"), "rules": rules}
-                },
+                "tool": {"driver": {"name": "ciuic", "version": version("ciuic-compile"), "rules": rules}},
                 "invocations": [{"executionSuccessful": True, "exitCode": outcome.exit_code}],
                 "results": [_result(check) for check in failed],
             }
