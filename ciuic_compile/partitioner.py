@@ -75,7 +75,7 @@ class CiuicPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
         with compat.collecting_later():
-            return self._partitioned(gm, joint_inputs, **kwargs)
+            return compat.with_room(lambda: self._partitioned(gm, joint_inputs, **kwargs))
 
     def _partitioned(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
