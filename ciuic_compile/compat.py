@@ -60,6 +60,7 @@ MOST_SIZE = 2**62  # bounds from here on are torch's way to say that there is no
 Result = TypeVar("Result")
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
+_FUSIBLE = frozenset(_ops.fusible_ops)
 #: Pointwise in Inductor's lowering, beside what torch's partitioner calls fusible.
 _POINTWISE = {
     torch.ops.aten.select_scatter,
@@ -76,7 +77,7 @@ def partition_with(
     """Run torch's own min-cut partitioner, with ``choose`` in place of its choice of saved values.
 
     CSE, checkpoint tags, RNG functionalization, collectives, extraction and the backward's order
-    stay torch's. ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
+    stay torch's. The graph modules have no code. ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
     ``baseline()`` computes what torch would have saved. It is not called when nothing in the graph
     depends on the tangents (torch then uses its default partitioner).
     """
@@ -87,7 +88,9 @@ def partition_with(
 
     # Dynamo compiles under one global lock, so no other partition runs while this is patched.
     with mock.patch.object(_partitioners, "choose_saved_values_set", chooser):
-        return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        # What is returned is rewritten, and gets its code then.
+        with without_code():
+            return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -162,7 +165,7 @@ def is_recomputable(node: fx.Node) -> bool:
 
 def is_fusible(node: fx.Node) -> bool:
     """Whether Inductor can fuse this op with pointwise neighbours."""
-    return bool(_ops.is_fusible(node))
+    return packet(node) in _FUSIBLE
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -381,7 +384,7 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
             if node.op == "call_function":
                 copy = graph.node_copy(node, environment.__getitem__)
                 copy.meta.update(origin)
-                copy.meta["val"] = _own_value(copy)
+                copy.meta["val"] = _own_value(copy, node)
                 environment[node] = copy
             elif node.op not in ("placeholder", "output"):
                 raise AssertionError(
@@ -392,8 +395,8 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
     return [environment[n] for n in results if isinstance(n, fx.Node)]
 
 
-def _own_value(node: fx.Node) -> Any:
-    """A copy of a node's fake value in a storage of its own; views stay views of their input's."""
+def _own_value(node: fx.Node, traced: fx.Node) -> Any:
+    """A copy of a traced node's fake value in a storage of its own; views stay views of their input's."""
     if is_getitem(node):
         source, key = node.args
         assert isinstance(source, fx.Node)
@@ -403,11 +406,29 @@ def _own_value(node: fx.Node) -> Any:
         return _fresh(value)  # most are this
     tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, FakeTensor)]
     if tensors and is_view(node):
+        if (viewed := _viewed(node, traced)) is not None:
+            return viewed
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
         with tensors[0].fake_mode:
             return node.target(*args, **kwargs)
     return torch.utils._pytree.tree_map_only(FakeTensor, _fresh, value)
+
+
+def _viewed(node: fx.Node, traced: fx.Node) -> FakeTensor | None:
+    """The view of its first input's storage that the traced node has of its own; None where sizes are dynamic."""
+    value, source, origin = traced.meta["val"], node.args[0], traced.args[0]
+    if not (isinstance(value, FakeTensor) and isinstance(source, fx.Node) and isinstance(origin, fx.Node)):
+        return None
+    base, before = source.meta["val"], origin.meta["val"]
+    offset = value.storage_offset() - before.storage_offset() + base.storage_offset()
+    sizes = (*value.shape, *value.stride(), offset)
+    if not all(type(s) is int for s in sizes):
+        return None
+    with torch._C._DisableTorchDispatch():
+        like = torch.empty(0, dtype=value.dtype, device="meta")
+        like.set_(base.untyped_storage(), offset, value.shape, value.stride())
+        return FakeTensor(value.fake_mode, like, value.device)
 
 
 def _fresh(value: FakeTensor) -> FakeTensor:

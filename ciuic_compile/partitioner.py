@@ -87,6 +87,8 @@ class CiuicPartitioner(CustomPartitionerFn):
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
+            graphs.forward.recompile()
+            graphs.backward.recompile()
             return graphs.forward, graphs.backward
         whole, tried = candidate, [candidate]
         while (chunked := tried[-1].chunked) is not None:  # one loss after the other

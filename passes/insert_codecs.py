@@ -32,6 +32,7 @@ class InsertCodecs:
     def run(self, graphs: Graphs) -> PassResult:
         outputs = graphs.forward_outputs()
         placeholders = {n.name: n for n in graphs.backward.graph.find_nodes(op="placeholder")}
+        first = next(n for n in graphs.backward.graph.nodes if n.op != "placeholder")
         new_outputs: list[Any] = outputs[: graphs.num_fwd_outputs]
         shapes: dict[object, list[tuple[torch.Size, torch.dtype]]] = {}
         changed = False
@@ -41,7 +42,9 @@ class InsertCodecs:
                 new_outputs.append(node)
                 continue
             parts = _encode(graphs.forward.graph, node, codec, shapes)
-            _decode(graphs.backward.graph, placeholders[node.name], parts, codec)
+            _decode(graphs.backward.graph, placeholders[node.name], first, parts, codec)
+            while first.prev.op not in ("placeholder", "root"):  # each decode stands before those so far
+                first = first.prev
             new_outputs.extend(parts)
             changed = True
         if changed:
@@ -74,7 +77,9 @@ def _encode(
     return parts
 
 
-def _decode(graph: fx.Graph, placeholder: fx.Node, parts: list[fx.Node], codec: str) -> None:
+def _decode(
+    graph: fx.Graph, placeholder: fx.Node, first: fx.Node, parts: list[fx.Node], codec: str
+) -> None:
     value: torch.Tensor = placeholder.meta["val"]
     received = []
     for part in parts:
@@ -84,7 +89,6 @@ def _decode(graph: fx.Graph, placeholder: fx.Node, parts: list[fx.Node], codec: 
         new.meta = dict(part.meta)
         received.append(new)
     order = markers.storage_order(value)
-    first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         shape = [compat.size_node(graph, value.size(d)) for d in order]
         call = graph.call_function(markers.decode, (received, codec, shape, order, value.dtype))
