@@ -77,7 +77,8 @@ def partition_with(
     """Run torch's own min-cut partitioner, with ``choose`` in place of its choice of saved values.
 
     CSE, checkpoint tags, RNG functionalization, collectives, extraction and the backward's order
-    stay torch's. The graph modules have no code. ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
+    stay torch's. The graph modules have no code: what is rewritten gets its code then.
+    ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
     ``baseline()`` computes what torch would have saved. It is not called when nothing in the graph
     depends on the tangents (torch then uses its default partitioner).
     """
@@ -87,10 +88,8 @@ def partition_with(
         return choose(graph, info, lambda: original(graph, info, memory_budget=1))
 
     # Dynamo compiles under one global lock, so no other partition runs while this is patched.
-    with mock.patch.object(_partitioners, "choose_saved_values_set", chooser):
-        # What is returned is rewritten, and gets its code then.
-        with without_code():
-            return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+    with mock.patch.object(_partitioners, "choose_saved_values_set", chooser), without_code():
+        return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
 
 def copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -122,10 +121,10 @@ def _called(function: Callable[[], Result]) -> Result:
     return function()
 
 
-# Python 3.11 to 3.13 keep frames in chunks of 16 KiB, and give a chunk back to the system as soon as its first
-# frame returns: loops whose calls happen to cross the end of a chunk spend most of their time in mmap, munmap
-# and page faults (half of a partitioning's time at torch.compile's depth of calls). A frame that claims
-# 256 KiB gets a chunk of 512, and all that it calls lives in the rest of that.
+# CPython 3.11 keeps frames in chunks of 16 KiB (Python/pystate.c, push_chunk), and gives a chunk back to the
+# system as soon as its first frame returns: loops whose calls happen to cross the end of a chunk spend most
+# of their time in mmap, munmap and page faults (half of a partitioning's, at torch.compile's depth of calls).
+# A frame that claims 256 KiB gets a chunk of 512, and all that it calls lives in the rest of that.
 _called.__code__ = _called.__code__.replace(co_stacksize=2**15)
 
 
@@ -403,7 +402,7 @@ def _own_value(node: fx.Node, traced: fx.Node) -> Any:
         return source.meta["val"][key]
     value = node.meta["val"]
     if isinstance(value, FakeTensor) and not is_view(node):
-        return _fresh(value)  # most are this
+        return fresh(value)  # most are this
     tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, FakeTensor)]
     if tensors and is_view(node):
         if (viewed := _viewed(node, traced)) is not None:
@@ -412,11 +411,11 @@ def _own_value(node: fx.Node, traced: fx.Node) -> Any:
         assert callable(node.target)
         with tensors[0].fake_mode:
             return node.target(*args, **kwargs)
-    return torch.utils._pytree.tree_map_only(FakeTensor, _fresh, value)
+    return torch.utils._pytree.tree_map_only(FakeTensor, fresh, value)
 
 
 def _viewed(node: fx.Node, traced: fx.Node) -> FakeTensor | None:
-    """The view of its first input's storage that the traced node has of its own; None where sizes are dynamic."""
+    """The view of its first input's storage that the traced node has of its own; None for dynamic sizes."""
     value, source, origin = traced.meta["val"], node.args[0], traced.args[0]
     if not (isinstance(value, FakeTensor) and isinstance(source, fx.Node) and isinstance(origin, fx.Node)):
         return None
@@ -431,7 +430,7 @@ def _viewed(node: fx.Node, traced: fx.Node) -> FakeTensor | None:
         return FakeTensor(value.fake_mode, like, value.device)
 
 
-def _fresh(value: FakeTensor) -> FakeTensor:
+def fresh(value: Any) -> Any:
     """A fake tensor like another, made without the fake mode's dispatch, which took most of the time."""
     with torch._C._DisableTorchDispatch():
         like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
