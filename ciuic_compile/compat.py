@@ -123,7 +123,7 @@ def _called(function: Callable[[], Result]) -> Result:
 
 # CPython 3.11 keeps frames in chunks of 16 KiB (Python/pystate.c, push_chunk), and gives a chunk back to the
 # system as soon as its first frame returns: loops whose calls happen to cross the end of a chunk spend most
-# of their time in mmap, munmap and page faults (a fifth to a half of a partitioning's; it varies with the depth).
+# of their time in mmap, munmap and page faults (a fifth to a half of a partitioning's, by depth of calls).
 # A frame that claims 256 KiB gets a chunk of 512, and all that it calls lives in the rest of that.
 _called.__code__ = _called.__code__.replace(co_stacksize=2**15)
 
