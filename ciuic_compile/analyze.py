@@ -124,6 +124,15 @@ class MemoryModel:
 
     def codecs(self, node: fx.Node) -> list[Codec]:
         """Codecs that are legal for the storage of ``node``; empty when it must be kept."""
+        if node not in self._codecs:  # asked for several times a node
+            self._codecs[node] = self._legal_codecs(node)
+        return self._codecs[node]
+
+    @cached_property
+    def _codecs(self) -> dict[fx.Node, list[Codec]]:
+        return {}
+
+    def _legal_codecs(self, node: fx.Node) -> list[Codec]:
         value = tensor(node)
         if value is None or tensor_bytes(value) < self.config.min_bytes or self.excluded_because(node):
             return []

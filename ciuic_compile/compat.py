@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import sympy
@@ -53,11 +53,14 @@ __all__ = [
     "partition_with",
     "renumber_saved_descs",
     "sort",
+    "with_room",
 ]
 
 MOST_SIZE = 2**62  # bounds from here on are torch's way to say that there is none
+Result = TypeVar("Result")
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
+_FUSIBLE = frozenset(_ops.fusible_ops)
 #: Pointwise in Inductor's lowering, beside what torch's partitioner calls fusible.
 _POINTWISE = {
     torch.ops.aten.select_scatter,
@@ -74,7 +77,8 @@ def partition_with(
     """Run torch's own min-cut partitioner, with ``choose`` in place of its choice of saved values.
 
     CSE, checkpoint tags, RNG functionalization, collectives, extraction and the backward's order
-    stay torch's. ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
+    stay torch's. The graph modules have no code: what is rewritten gets its code then.
+    ``choose(joint_graph, node_info, baseline)`` returns the nodes to save;
     ``baseline()`` computes what torch would have saved. It is not called when nothing in the graph
     depends on the tangents (torch then uses its default partitioner).
     """
@@ -84,7 +88,7 @@ def partition_with(
         return choose(graph, info, lambda: original(graph, info, memory_budget=1))
 
     # Dynamo compiles under one global lock, so no other partition runs while this is patched.
-    with mock.patch.object(_partitioners, "choose_saved_values_set", chooser):
+    with mock.patch.object(_partitioners, "choose_saved_values_set", chooser), without_code():
         return _partitioners.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
 
@@ -119,6 +123,22 @@ def frees_tangents() -> bool:
     return hasattr(torch.autograd.Function, "boxed_grads_call")
 
 
+def _called(function: Callable[[], Result]) -> Result:
+    return function()
+
+
+# CPython 3.11 keeps frames in chunks of 16 KiB (Python/pystate.c, push_chunk), and gives a chunk back to the
+# system as soon as its first frame returns: loops whose calls happen to cross the end of a chunk spend most
+# of their time in mmap, munmap and page faults (a fifth to a half of a partitioning's, by depth of calls).
+# A frame that claims 256 KiB gets a chunk of 512, and all that it calls lives in the rest of that.
+_called.__code__ = _called.__code__.replace(co_stacksize=2**15)
+
+
+def with_room(function: Callable[[], Result]) -> Result:
+    """What a function returns that makes many short calls: none of them needs memory for its frame."""
+    return _called(function)
+
+
 def must_save(node: fx.Node) -> bool:
     """Whether the user's checkpoint policy, or torch, says that this node is saved."""
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
@@ -150,7 +170,7 @@ def is_recomputable(node: fx.Node) -> bool:
 
 def is_fusible(node: fx.Node) -> bool:
     """Whether Inductor can fuse this op with pointwise neighbours."""
-    return bool(_ops.is_fusible(node))
+    return packet(node) in _FUSIBLE
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -369,7 +389,7 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
             if node.op == "call_function":
                 copy = graph.node_copy(node, environment.__getitem__)
                 copy.meta.update(origin)
-                copy.meta["val"] = _own_value(copy)
+                copy.meta["val"] = _own_value(copy, node)
                 environment[node] = copy
             elif node.op not in ("placeholder", "output"):
                 raise AssertionError(
@@ -380,25 +400,43 @@ def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx
     return [environment[n] for n in results if isinstance(n, fx.Node)]
 
 
-def _own_value(node: fx.Node) -> Any:
-    """A copy of a node's fake value in a storage of its own; views stay views of their input's."""
+def _own_value(node: fx.Node, traced: fx.Node) -> Any:
+    """A copy of a traced node's fake value in a storage of its own; views stay views of their input's."""
     if is_getitem(node):
         source, key = node.args
         assert isinstance(source, fx.Node)
         return source.meta["val"][key]
     value = node.meta["val"]
     if isinstance(value, FakeTensor) and not is_view(node):
-        return _fresh(value)  # most are this
+        return fresh(value)  # most are this
     tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, FakeTensor)]
     if tensors and is_view(node):
+        if (viewed := _viewed(node, traced)) is not None:
+            return viewed
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
         with tensors[0].fake_mode:
             return node.target(*args, **kwargs)
-    return torch.utils._pytree.tree_map_only(FakeTensor, _fresh, value)
+    return torch.utils._pytree.tree_map_only(FakeTensor, fresh, value)
 
 
-def _fresh(value: FakeTensor) -> FakeTensor:
+def _viewed(node: fx.Node, traced: fx.Node) -> FakeTensor | None:
+    """The view of its first input's storage that the traced node has of its own; None for dynamic sizes."""
+    value, source, origin = traced.meta["val"], node.args[0], traced.args[0]
+    if not (isinstance(value, FakeTensor) and isinstance(source, fx.Node) and isinstance(origin, fx.Node)):
+        return None
+    base, before = source.meta["val"], origin.meta["val"]
+    offset = value.storage_offset() - before.storage_offset() + base.storage_offset()
+    sizes = (*value.shape, *value.stride(), offset)
+    if not all(type(s) is int for s in sizes):
+        return None
+    with torch._C._DisableTorchDispatch():
+        like = torch.empty(0, dtype=value.dtype, device="meta")
+        like.set_(base.untyped_storage(), offset, value.shape, value.stride())
+        return FakeTensor(value.fake_mode, like, value.device)
+
+
+def fresh(value: Any) -> Any:
     """A fake tensor like another, made without the fake mode's dispatch, which took most of the time."""
     with torch._C._DisableTorchDispatch():
         like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

@@ -75,7 +75,7 @@ class CiuicPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
         with compat.collecting_later():
-            return self._partitioned(gm, joint_inputs, **kwargs)
+            return compat.with_room(lambda: self._partitioned(gm, joint_inputs, **kwargs))
 
     def _partitioned(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -87,6 +87,8 @@ class CiuicPartitioner(CustomPartitionerFn):
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
+            graphs.forward.recompile()
+            graphs.backward.recompile()
             return graphs.forward, graphs.backward
         whole, tried = candidate, [candidate]
         while (chunked := tried[-1].chunked) is not None:  # one loss after the other

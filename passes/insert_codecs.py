@@ -32,16 +32,19 @@ class InsertCodecs:
     def run(self, graphs: Graphs) -> PassResult:
         outputs = graphs.forward_outputs()
         placeholders = {n.name: n for n in graphs.backward.graph.find_nodes(op="placeholder")}
+        first = next(n for n in graphs.backward.graph.nodes if n.op != "placeholder")
         new_outputs: list[Any] = outputs[: graphs.num_fwd_outputs]
-        shapes: dict[object, list[tuple[torch.Size, torch.dtype]]] = {}
+        templates: dict[object, tuple[torch.Tensor, ...]] = {}
         changed = False
         for node in outputs[graphs.num_fwd_outputs :]:
             codec = self.codecs.get(node.name) if isinstance(node, fx.Node) else None
             if codec is None or not isinstance(node, fx.Node):
                 new_outputs.append(node)
                 continue
-            parts = _encode(graphs.forward.graph, node, codec, shapes)
-            _decode(graphs.backward.graph, placeholders[node.name], parts, codec)
+            parts = _encode(graphs.forward.graph, node, codec, templates)
+            _decode(graphs.backward.graph, placeholders[node.name], first, parts, codec)
+            while first.prev.op not in ("placeholder", "root"):  # each decode stands before those so far
+                first = first.prev
             new_outputs.extend(parts)
             changed = True
         if changed:
@@ -52,29 +55,30 @@ class InsertCodecs:
 
 
 def _encode(
-    graph: fx.Graph, node: fx.Node, codec: str, shapes: dict[object, list[tuple[torch.Size, torch.dtype]]]
+    graph: fx.Graph, node: fx.Node, codec: str, templates: dict[object, tuple[torch.Tensor, ...]]
 ) -> list[fx.Node]:
     value: torch.Tensor = node.meta["val"]
-    key = (codec, str(value.numel()), value.dtype)
-    with value.fake_mode:  # type: ignore[attr-defined]
-        if key not in shapes:
-            shapes[key] = [(p.shape, p.dtype) for p in get_codec(codec).encode(value, impl="reference")]
-        encoded = tuple(torch.empty(s, dtype=d, device=value.device) for s, d in shapes[key])
+    key = (codec, str(value.numel()), value.dtype, value.device)
+    if key not in templates:  # identical layers are encoded once
+        with value.fake_mode:  # type: ignore[attr-defined]
+            parts = get_codec(codec).encode(value, impl="reference")
+            templates[key] = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parts)
+    encoded = tuple(map(compat.fresh, templates[key]))
     origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten")}
     with graph.inserting_after(node):
         call = graph.call_function(markers.encode, (node, codec), name=f"{node.name}_encode")
         call.meta = {**origin, "val": encoded}
-    parts = []
+    nodes = []
     last = call
     for index, part in enumerate(encoded):
         with graph.inserting_after(last):
             last = graph.call_function(operator.getitem, (call, index), name=f"{node.name}_{_PARTS[index]}")
         last.meta = {**origin, "val": part}
-        parts.append(last)
-    return parts
+        nodes.append(last)
+    return nodes
 
 
-def _decode(graph: fx.Graph, placeholder: fx.Node, parts: list[fx.Node], codec: str) -> None:
+def _decode(graph: fx.Graph, placeholder: fx.Node, first: fx.Node, parts: list[fx.Node], codec: str) -> None:
     value: torch.Tensor = placeholder.meta["val"]
     received = []
     for part in parts:
@@ -84,7 +88,6 @@ def _decode(graph: fx.Graph, placeholder: fx.Node, parts: list[fx.Node], codec: 
         new.meta = dict(part.meta)
         received.append(new)
     order = markers.storage_order(value)
-    first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         shape = [compat.size_node(graph, value.size(d)) for d in order]
         call = graph.call_function(markers.decode, (received, codec, shape, order, value.dtype))

@@ -6,6 +6,8 @@ their error bounds: docs/numerics-codecs.md.
 
 from __future__ import annotations
 
+import functools
+
 from ciuic_compile.codecs.base import Codec as Codec
 from ciuic_compile.codecs.base import Impl as Impl
 from ciuic_compile.codecs.base import KernelBytes as KernelBytes
@@ -22,6 +24,7 @@ CODECS: tuple[Codec, ...] = tuple(codec for family in FAMILIES for codec in fami
 """The codecs that a planner considers unless told otherwise, most precise first."""
 
 
+@functools.cache
 def get_codec(name: str) -> Codec:
     """The codec called ``name``, e.g. ``"int4_group64_affine"``, also one outside ``CODECS``.
 

@@ -93,7 +93,7 @@ class _Descent:
         before, over = state.cost(), state.excess()
         done = state.work
         undo = state.change(*move)
-        if not undo:
+        if not undo.before:
             return 0.0
         self.effort.work -= state.work - done + _MEASURE
         cost, excess = state.cost(), state.excess()

@@ -113,6 +113,7 @@ class _Builder:
     favoured: frozenset[fx.Node]
     step: dict[fx.Node, int] = field(default_factory=dict)
     runs: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # first and last step that computes it
+    _materialized: tuple[dict[fx.Node, bool], dict[fx.Node, bool]] = field(default_factory=lambda: ({}, {}))
 
     def build(self) -> Formulation:
         self._number()
@@ -168,6 +169,12 @@ class _Builder:
 
     def materialized(self, node: fx.Node, among: set[fx.Node]) -> bool:
         """Whether the value gets a buffer of its own when only these nodes read it."""
+        known = self._materialized[among is self._backward_set]
+        if node not in known:  # asked for several times a node
+            known[node] = self._is_materialized(node, among)
+        return known[node]
+
+    def _is_materialized(self, node: fx.Node, among: set[fx.Node]) -> bool:
         if not _is_op(node):
             return False
         if not compat.is_fusible(node) or is_reduction(node):

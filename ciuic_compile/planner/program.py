@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import fsum, isfinite
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,16 @@ ABSENT = -1
 
 #: One number a candidate: the index into its ``stores``, or ``ABSENT``.
 Decision = tuple[int, ...]
+
+
+class Takes(NamedTuple):
+    """What a candidate takes under a choice and its needs: changes of the live bytes at steps, and sums."""
+
+    changes: tuple[tuple[int, int], ...]
+    time_us: float
+    variance: float
+    saved: int
+    missing: int
 
 
 @dataclass(frozen=True)
@@ -165,6 +176,11 @@ class Problem:
                 found[u].append(i)
         return tuple(map(tuple, found))
 
+    @cached_property
+    def known(self) -> dict[tuple[int, int, int, int], Takes]:
+        """What :func:`takes` has said so far, by its arguments: searches ask for the same again and again."""
+        return {}
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -226,6 +242,24 @@ def spans(problem: Problem, v: int, choice: int, first: int, last: int) -> list[
     else:
         found.append((store.nbytes, c.last_use + (store.codec is None), max(end, last)))
     return found
+
+
+def takes(problem: Problem, v: int, choice: int, first: int, last: int) -> Takes:
+    """All that a candidate takes under a choice."""
+    candidate = problem.candidates[v]
+    delta: dict[int, int] = {}
+    for nbytes, start, stop in spans(problem, v, choice, first, last):
+        delta[start] = delta.get(start, 0) + nbytes
+        delta[stop + 1] = delta.get(stop + 1, 0) - nbytes
+    changes = tuple((step, nbytes) for step, nbytes in delta.items() if nbytes)
+    if choice != ABSENT:
+        store = candidate.stores[choice]
+        return Takes(changes, store.time_us, store.variance, store.nbytes, 0)
+    if last < 0:
+        return Takes(changes, 0.0, 0.0, 0, 0)
+    if candidate.rebuild is None:
+        return Takes(changes, 0.0, 0.0, 0, 1)
+    return Takes(changes, candidate.rebuild.time_us, 0.0, 0, 0)
 
 
 def live_at(problem: Problem, decision: Sequence[int], step: int) -> list[int]:

@@ -5,19 +5,25 @@ A move changes few candidates; only they and what they are rebuilt from are look
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 
-from .program import ABSENT, Decision, Problem, needs, spans
-
-#: A candidate and its choice, first and last need before a change.
-Undo = list[tuple[int, int, int, int]]
+from .program import ABSENT, Decision, Problem, Takes, needs, takes
 
 #: A variance limit is exceeded by less than this share only through rounding, since sums are kept up to date.
 _ROUNDING = 1e-9
+
+
+class Undo(NamedTuple):
+    """What a change found: candidates with choice, first and last need and what they took; and the sums."""
+
+    before: list[tuple[int, int, int, int, Takes]]
+    sums: tuple[float, float, int, int, float | None]
 
 
 class State:
@@ -42,14 +48,21 @@ class State:
             tuple(w for w in readers if problem.candidates[w].rebuild is not None)
             for readers in problem.readers
         ]
-        self._spans: dict[tuple[int, int, int, int], list[tuple[int, int, int]]] = {}
+        self._known = problem.known
         self._excess: float | None = None
-        self._delta = np.zeros(problem.steps + 1, dtype=np.int64)
-        self._delta[:-1] = np.diff(np.asarray(problem.base, dtype=np.int64), prepend=0)
+        # An array is quick to change one by one; NumPy sees the same memory, to add it up.
+        self._delta = array("q", np.diff(np.asarray(problem.base, dtype=np.int64), prepend=0).tolist())
+        self._delta.append(0)
+        self._deltas = np.frombuffer(self._delta, dtype=np.int64)[:-1]
         self._time = self._variance = 0.0
         self._saved, self._missing = problem.fixed_saved, 0
-        for v in range(len(self.decision)):
-            self._count(v, 1)
+        self._takes = [
+            self._taken(v, choice, self._first[v], self._last[v]) for v, choice in enumerate(self.decision)
+        ]
+        for each in self._takes:
+            for step, nbytes in each.changes:
+                self._delta[step] += nbytes
+            self._add(each)
 
     def result(self) -> Decision:
         """The decision as it is now."""
@@ -71,7 +84,7 @@ class State:
     def _measured(self) -> float:
         problem, excess = self.problem, 0.0
         if problem.budget is not None:
-            live = np.cumsum(self._delta[:-1])
+            live = np.cumsum(self._deltas)
             excess += float(np.maximum(live - problem.budget, 0).sum())
         if problem.max_saved is not None:
             excess += max(0, self._saved - problem.max_saved)
@@ -82,31 +95,41 @@ class State:
 
     def change(self, members: Iterable[int], choice: int) -> Undo:
         """Choose this for these candidates; ``undo`` takes it back."""
-        undo: Undo = []
-        new = {v for v in members if self.decision[v] != choice}
+        undo = Undo([], (self._time, self._variance, self._saved, self._missing, self._excess))
+        decision, firsts, lasts = self.decision, self._first, self._last
+        new = {v for v in members if decision[v] != choice}
         queue = sorted(-v for v in new)
         queued = set(new)
         while queue:  # readers first: they stand behind what they are rebuilt from
             v = -heappop(queue)
             self.work += 1
-            before = self.decision[v], self._first[v], self._last[v]
+            was = decision[v]
             first, last = self._needs(v)
-            chosen = choice if v in new else before[0]
-            if (chosen, first, last) == before:
+            chosen = choice if v in new else was
+            if chosen == was and first == firsts[v] and last == lasts[v]:
                 continue
-            undo.append((v, *before))
-            self._set(v, chosen, first, last)
-            if ABSENT in (before[0], chosen):
+            before, now = self._takes[v], self._taken(v, chosen, first, last)
+            undo.before.append((v, was, firsts[v], lasts[v], before))
+            self._set(v, chosen, first, last, before, now)
+            self._time -= before.time_us
+            self._variance -= before.variance
+            self._saved -= before.saved
+            self._missing -= before.missing
+            self._add(now)
+            if was == ABSENT or chosen == ABSENT:
                 for u in self._inputs[v]:
                     if u not in queued:
                         queued.add(u)
                         heappush(queue, -u)
+        if undo.before:
+            self._excess = None
         return undo
 
     def undo(self, undo: Undo) -> None:
-        """Take a change back."""
-        for v, choice, first, last in undo:
-            self._set(v, choice, first, last)
+        """Take the last change back."""
+        for v, choice, first, last, before in undo.before:
+            self._set(v, choice, first, last, self._takes[v], before)
+        self._time, self._variance, self._saved, self._missing, self._excess = undo.sums
 
     def _needs(self, v: int) -> tuple[int, int]:
         first, last = self._reads[v]
@@ -118,28 +141,26 @@ class State:
                 last = until if until > last else last
         return first, last
 
-    def _set(self, v: int, choice: int, first: int, last: int) -> None:
-        self._count(v, -1)
+    def _set(self, v: int, choice: int, first: int, last: int, before: Takes, now: Takes) -> None:
+        """Make it so, but for the sums."""
         self.decision[v], self._first[v], self._last[v] = choice, first, last
-        self._count(v, 1)
+        self._takes[v] = now
+        delta = self._delta
+        for step, nbytes in before.changes:
+            delta[step] -= nbytes
+        for step, nbytes in now.changes:
+            delta[step] += nbytes
 
-    def _count(self, v: int, sign: int) -> None:
-        """Add (or take away) all that a candidate takes."""
-        candidate, choice, last = self.problem.candidates[v], self.decision[v], self._last[v]
-        key = (v, choice, self._first[v], last)
-        if key not in self._spans:
-            self._spans[key] = spans(self.problem, *key)
-        self._excess = None
-        for nbytes, start, stop in self._spans[key]:
-            self._delta[start] += sign * nbytes
-            self._delta[stop + 1] -= sign * nbytes
-        if choice != ABSENT:
-            store = candidate.stores[choice]
-            self._time += sign * store.time_us
-            self._variance += sign * store.variance
-            self._saved += sign * store.nbytes
-        elif last >= 0:
-            if candidate.rebuild is None:
-                self._missing += sign
-            else:
-                self._time += sign * candidate.rebuild.time_us
+    def _add(self, now: Takes) -> None:
+        self._time += now.time_us
+        self._variance += now.variance
+        self._saved += now.saved
+        self._missing += now.missing
+
+    def _taken(self, v: int, choice: int, first: int, last: int) -> Takes:
+        """All that a candidate takes."""
+        key = (v, choice, first, last)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = takes(self.problem, *key)
+        return known
