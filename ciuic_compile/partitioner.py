@@ -174,7 +174,8 @@ def _is_better(current: Candidate, other: Candidate) -> bool:
     if _misses_ratio(current.draft, current.model) and not before.tightened:
         return after.nbytes < before.nbytes
     if before.tightened or (current.model.short_of_memory and after.variance < before.variance):
-        return cost_us(other.model, after) < cost_us(current.model, before)
+        rebuilt = before.tightened  # by the solver's account; without one the two cuts rebuild much the same
+        return cost_us(other.model, after, rebuilt) < cost_us(current.model, before, rebuilt)
     return False
 
 

@@ -21,6 +21,7 @@ from ciuic_compile.devices import DeviceProfile, named
 from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.feed_forward import FeedForwardFinder, is_feed_forward
 from ciuic_compile.partitioner import Draft, make_draft, plan_and_rewrite
+from ciuic_compile.planner import cost_us
 from ciuic_compile.rows import RowFinder
 from ciuic_compile.simulate import Peaks
 from tests.stages import Stage, memory_of_the_device, stage
@@ -119,6 +120,20 @@ def test_a_budget_that_is_met_without_chunks_leaves_the_loss_whole() -> None:
     found = staged(8, **AUTO, budget=whole)
     assert not chunked(found)
     assert "the budget is met for less time without" in " ".join(found.selection.notes)
+
+
+def test_what_cheap_operations_rebuild_counts_on_both_sides_of_a_budget() -> None:
+    """The plan in chunks fits as it is, the whole one only tightened: both compute values again."""
+    whole = draft(staged(8, chunk_loss=False))
+    budget = int(0.99 * whole.planned.peak)
+    tightened = draft(staged(8, chunk_loss=False, budget=budget))
+    found = staged(8, **AUTO, budget=budget)
+    cheaper = cost_us(found.model, draft(found).codecs)
+    assert tightened.codecs.tightened
+    assert not chunked(found)
+    free = staged(8, **AUTO)
+    assert chunked(free) and draft(free).planned.peak <= budget
+    assert cheaper < cost_us(free.model, draft(free).codecs)
 
 
 def test_a_budget_too_small_for_chunks_leaves_the_loss_whole() -> None:

@@ -294,10 +294,7 @@ def make_plan(
         errors = {node: sqrt(share[node] * mse[node]) for node in mse}
         gradient_error = error_model.whole(error_model.gradient_errors(mse))
         bound = error_model.bound(most)
-    rebuilt = [*(size for n, size in before.items() if n not in ours), *model.dissolved.values()]
-    rebuilt_us = sum(device.microseconds(2 * size) for size in rebuilt)
-    if codecs.rebuilt_us is not None:
-        rebuilt_us = codecs.rebuilt_us
+    rebuilt_us = _rebuilt_us(model, codecs)
     return Plan(
         name=name,
         mode=model.config.mode,
@@ -326,14 +323,25 @@ def make_plan(
     )
 
 
-def cost_us(model: MemoryModel, codecs: Codecs) -> float:
+def cost_us(model: MemoryModel, codecs: Codecs, rebuilt: bool = True) -> float:
     """What a plan costs a step, in microseconds: codecs, what is computed again, gradient error as time.
 
-    Of a plan that no budget tightened, what cheap operations rebuild is left out.
+    Args:
+        rebuilt: whether what cheap operations rebuild counts; what chunks make again does.
     """
-    time_us = sum(o.time_us for o in codecs.options.values()) + (codecs.rebuilt_us or 0.0)
+    time_us = sum(o.time_us for o in codecs.options.values()) + (
+        _rebuilt_us(model, codecs) if rebuilt else 0.0
+    )
     error_us = error_as_us(model) * codecs.variance if codecs.variance else 0.0
     return time_us + _chunks_again_us(model) + error_us
+
+
+def _rebuilt_us(model: MemoryModel, codecs: Codecs) -> float:
+    """Time of what the backward computes again: the solver's, or that of moving what Inductor would save."""
+    if codecs.rebuilt_us is not None:
+        return codecs.rebuilt_us
+    missing = (size for n, size in model.baseline_here.items() if n not in codecs.options)
+    return sum(model.device.microseconds(2 * size) for size in (*missing, *model.dissolved.values()))
 
 
 def _chunks_again_us(model: MemoryModel) -> float:
