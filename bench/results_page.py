@@ -17,18 +17,22 @@ from bench import common
 
 RESULTS = common.ROOT / "bench" / "results"
 PAGE = common.ROOT / "docs" / "results.md"
-SOURCES = {
+SOURCES: dict[str, str | list[str]] = {
     "saved_gpu": "saved-h200",
     "saved_cpu": "saved-cpu",
-    "step": "step_time-h200",
-    "shapes": "llama_shapes-h200",
+    "step": "step_time-h100",
+    "shapes": ["llama_shapes-16x16384-h100", "llama_shapes-4x65536-h100"],
     "convergence": "convergence-h200",
 }
 
 
 def data() -> dict[str, Any]:
     """The result files by the names that the page uses."""
-    return {name: json.loads((RESULTS / f"{file}.json").read_text()) for name, file in SOURCES.items()}
+
+    def read(file: str) -> Any:
+        return json.loads((RESULTS / f"{file}.json").read_text())
+
+    return {n: read(f) if isinstance(f, str) else [read(each) for each in f] for n, f in SOURCES.items()}
 
 
 def page() -> str:

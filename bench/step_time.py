@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -198,8 +200,9 @@ def main() -> None:
         specs.append({"config": "turns", "turns": args.turns, **shared})
     results = common.run_cells("bench.step_time", specs, args.timeout, 1, lambda s: str(s["config"]))
     alternating = results.pop() if len(args.turns) > 1 else {}
-    environment = common.environment(device)
-    common.write_json(args.out, {"environment": environment, "results": results, "turns": alternating})
+    command = shlex.join(["python", "-m", "bench.step_time", *sys.argv[1:]])
+    found = {"environment": common.environment(device), "command": command}
+    common.write_json(args.out, {**found, "results": results, "turns": alternating})
     report(results, alternating)
 
 
