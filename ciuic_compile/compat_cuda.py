@@ -107,6 +107,8 @@ def _attention(
     """``scaled_dot_product_attention`` with the kernel that CUDA takes (sdp_utils.cpp, attention.cpp)."""
     size = query.shape[-1]
     fused = query.dim() == 4 and key.dim() == value.dim() == 4 and not (attn_mask is not None and is_causal)
+    # a transposed last dimension (channels before pixels, say) is for no fused kernel
+    fused = fused and all(t.stride(-1) == 1 for t in (query, key, value))
     same = query.dtype == key.dtype == value.dtype and key.shape[-1] == value.shape[-1] == size
     if (
         fused

@@ -50,6 +50,17 @@ def test_attention_is_cudas(given: dict[str, Any], kernel: str) -> None:
     assert attention_of(**given) == before, "it is over after the block"
 
 
+def test_a_transposed_last_dimension_is_for_no_fused_kernel() -> None:
+    """As a UNet's attention over pixels has it: on an H100 its probabilities are saved."""
+    with FakeTensorMode(), as_cuda():
+        query, key, value = (
+            torch.empty(2, 4, 64, 128, dtype=torch.bfloat16, requires_grad=True).mT for _ in range(3)
+        )
+        assert "Scaled" not in type(F.scaled_dot_product_attention(query, key, value).grad_fn).__name__
+        query, key, value = (t.contiguous() for t in (query, key, value))
+        assert "Flash" in type(F.scaled_dot_product_attention(query, key, value).grad_fn).__name__
+
+
 def test_attention_of_several_backends_follows_the_users_choice() -> None:
     with as_cuda(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
         assert "Efficient" in attention_of()
