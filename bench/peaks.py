@@ -346,6 +346,13 @@ def print_tables(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return total
 
 
+def add_limits(parser: argparse.ArgumentParser, timeout: float) -> None:
+    """How long cells may take, and where their results go."""
+    parser.add_argument("--timeout", type=float, default=timeout, help="seconds a cell may take")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for everything")
+    parser.add_argument("--out", help="JSON file to write")
+
+
 def main() -> None:
     """Run the cells asked for, print the tables, write the file."""
     parser = argparse.ArgumentParser(
@@ -368,9 +375,7 @@ def main() -> None:
         "--empty-kernels", action="store_true", help="on a CPU: Inductor's kernels do nothing (g++ is slow)"
     )
     parser.add_argument("--jobs", type=int, help="cells at a time; default: 8 on a GPU")
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds a cell may take")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for everything")
-    parser.add_argument("--out", help="JSON file to write")
+    add_limits(parser, 150.0)
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(json.loads(args.cell))))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import sys
@@ -57,9 +56,7 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="h100", help="profile to plan for")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a cell may take")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds for everything")
-    parser.add_argument("--out", help="JSON file to write")
+    peaks.add_limits(parser, 300.0)
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(json.loads(args.cell))))

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import sympy
@@ -53,11 +53,9 @@ __all__ = [
     "partition_with",
     "renumber_saved_descs",
     "sort",
-    "with_room",
 ]
 
 MOST_SIZE = 2**62  # bounds from here on are torch's way to say that there is none
-Result = TypeVar("Result")
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
 _FUSIBLE = frozenset(_ops.fusible_ops)
@@ -121,22 +119,6 @@ def frees_tangents() -> bool:
     """Whether a compiled backward can free the gradients that it is given: before torch 2.13, autograd holds
     them until it returns."""
     return hasattr(torch.autograd.Function, "boxed_grads_call")
-
-
-def _called(function: Callable[[], Result]) -> Result:
-    return function()
-
-
-# CPython 3.11 keeps frames in chunks of 16 KiB (Python/pystate.c, push_chunk), and gives a chunk back to the
-# system as soon as its first frame returns: loops whose calls happen to cross the end of a chunk spend most
-# of their time in mmap, munmap and page faults (a fifth to a half of a partitioning's, by depth of calls).
-# A frame that claims 256 KiB gets a chunk of 512, and all that it calls lives in the rest of that.
-_called.__code__ = _called.__code__.replace(co_stacksize=2**15)
-
-
-def with_room(function: Callable[[], Result]) -> Result:
-    """What a function returns that makes many short calls: none of them needs memory for its frame."""
-    return _called(function)
 
 
 def must_save(node: fx.Node) -> bool:

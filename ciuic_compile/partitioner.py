@@ -16,6 +16,7 @@ from .audit import audit, check
 from .capture import CapturedGraph, tensor
 from .chunking import Chunking, choose_chunks, choose_feed_forwards, why_whole
 from .compat_extract import Extractor
+from .compat_room import with_room
 from .config import CompileConfig
 from .confirm import joint_of
 from .environment import environment
@@ -75,7 +76,7 @@ class CiuicPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
         with compat.collecting_later():
-            return compat.with_room(lambda: self._partitioned(gm, joint_inputs, **kwargs))
+            return with_room(lambda: self._partitioned(gm, joint_inputs, **kwargs))
 
     def _partitioned(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any

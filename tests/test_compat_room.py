@@ -1,4 +1,4 @@
-"""Calls under ``compat.with_room`` need no memory for their frames."""
+"""Calls under ``with_room`` need no memory for their frames."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from threading import Thread
 
-from ciuic_compile.compat import with_room
+from ciuic_compile.compat_room import with_room
 
 _CALLS = 1000
 
