@@ -5,8 +5,8 @@
 
 A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own
 fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have, and each peak
-that torch's own are measured to have. Every configuration is compiled first (``--warm``: ours by several
-processes into one cache), then all take turns step by step in one process.
+that torch's own are measured to have. Every configuration is compiled first (``--warm``: by several processes
+into one cache), then all take turns in one process, four steps at a time.
 Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
 """
 
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def made(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, to
 def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     """Compile and measure every configuration until ``end`` (of ``time.monotonic``), then time them.
 
-    With ``share``, (i, n), in ``spec``: every n-th of ours alone, compiled and not timed, to warm the caches.
+    With ``share``, (i, n), in ``spec``: every n-th of torch's, or where ``budgets`` are given of ours,
+    compiled and not timed to warm the caches.
     """
     model, inputs, targets, device = made(spec)
     precision = "off" if spec["model"] == "llama-shape" else "autocast"
@@ -108,12 +110,16 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         steps[name] = step
 
     budgets = spec["budgets"]
-    if share is None:
+    if budgets is None:
+        if share is None:
+            warm(spec["warm"])
         measured("inductor", "inductor")
         evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
         for fraction in (fractions := spec["fractions"] or evenly):
             with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
                 measured(f"torch {fraction:.2f}", "inductor")
+        if share is not None:
+            return rows
         peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
         budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
         warm(spec["warm"], budgets)
@@ -122,7 +128,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=mode)
     if share is not None:
         return rows
-    times = take_turns(steps, device, spec["steps"])
+    times = take_turns(steps, device, spec["steps"], burst=4)
     for row in rows:
         if row["config"] in times:
             row["step_ms"] = statistics.median(times[row["config"]])
@@ -181,9 +187,10 @@ def _point(row: dict[str, Any]) -> str:
     return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
 
 
-def warm(processes: int, budgets: list[int]) -> None:
-    """Compile our configurations in several processes; their caches are this one's."""
-    command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:], "--budgets", *map(str, budgets)]
+def warm(processes: int, budgets: Sequence[int] = ()) -> None:
+    """Compile torch's configurations, or with ``budgets`` ours, in processes whose caches are this one's."""
+    command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:]]
+    command += ["--budgets", *map(str, budgets)] if budgets else []
     running = [
         subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.DEVNULL)
         for i in range(processes)
@@ -210,7 +217,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=15, help="budgets of each kind, evenly below 1")
     parser.add_argument("--fractions", type=float, nargs="+", help="these budgets instead")
     parser.add_argument("--modes", nargs="+", default=["lossless", "1:1"], help="ours, each with a budget")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
+    parser.add_argument("--steps", type=int, default=10, help="rounds of four timed steps of each")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)

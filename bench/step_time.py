@@ -110,14 +110,18 @@ def turns(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_turns(
-    steps: dict[str, Callable[[], None]], device: torch.device, rounds: int
+    steps: dict[str, Callable[[], None]], device: torch.device, rounds: int, burst: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round; every other round goes backwards."""
+    """Milliseconds of every step in every round; every other round goes backwards.
+
+    Args:
+        burst: steps in a row, as in training, of which the mean counts: a step alone waits for the host.
+    """
     times: dict[str, list[float]] = {config: [] for config in steps}
     order = list(steps)
     for i in range(rounds):
         for config in order if i % 2 == 0 else reversed(order):
-            times[config] += measure.time_steps(steps[config], device, 1)
+            times[config].append(statistics.fmean(measure.time_steps(steps[config], device, burst)))
     return times
 
 

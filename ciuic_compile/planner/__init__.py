@@ -146,7 +146,7 @@ def rounding_error(model: MemoryModel) -> float:
 
 
 def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Selection:
-    """The selection with its codecs if that is within the budget; else what the solver chooses in its place.
+    """What costs least within the budget; under a ratio, the selection with its codecs wherever that fits.
 
     Args:
         judge: simulated peaks of the rewritten graphs.
@@ -159,7 +159,8 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
     device, coefficients = model.device, _coefficients(model, selection.saved)
     codecs = choose_codecs(model, selection, coefficients)
     peaks = judge(selection.saved, codecs.chosen)
-    if peaks.peak <= config.budget:
+    shrinks = config.ratio is not None and config.ratio > 1
+    if shrinks and peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
     of_all = {**_coefficients(model, everything), **coefficients}
@@ -174,7 +175,7 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         (formulation.decision(selection.saved, codecs.chosen), peaks),
         judge,
         config.plan_seconds,
-        max_saved=planned if config.lossy else None,
+        max_saved=(planned if shrinks else max(planned, model.baseline_bytes)) if config.lossy else None,
         max_variance=config.max_error**2 if config.max_error is not None else None,
     )
     notes = selection.notes

@@ -66,7 +66,7 @@ def fit(
 
     Args:
         start: a decision that saves little.
-        judged_before: another decision, over the budget, and what the judge said of it.
+        judged_before: another decision, and what the judge said of it.
         judge: says what the rewritten graphs take.
         seconds: deadline for everything.
 
@@ -75,13 +75,13 @@ def fit(
     """
     problem = replace(formulation.problem, max_saved=max_saved, max_variance=max_variance)
 
-    def judged(decision: Decision) -> Fit:
+    def judged(decision: Decision, peaks: Peaks | None = None) -> Fit:
         saved, codecs = formulation.saved(decision), formulation.stored(decision)
-        return Fit(saved, codecs, judge(saved, codecs), decision, evaluate(problem, decision))
+        return Fit(saved, codecs, peaks or judge(saved, codecs), decision, evaluate(problem, decision))
 
-    first, peaks = judged_before
-    drift = peaks.peak - evaluate(problem, first).peak_bytes
-    starts, tried, warm, struck = [start], list[Fit](), None, False
+    first = judged(*judged_before)
+    drift = first.peaks.peak - first.evaluation.peak_bytes
+    starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
     for share in _SHARES:
         solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)

@@ -263,10 +263,11 @@ class _Builder:
         made = self.step[node]
         last_use = min(max(after, default=made), self.forward_steps - 1)
         shift = compat.is_fusible(_maker(node)) and last_use > made
+        written_us = 0.0 if self._is_written(node) else self.model.device.microseconds(size)
         stores = tuple(
-            Store(
-                size if o.codec is None else o.nbytes, o.time_us, o.variance, o.codec, self._unpacked(node, o)
-            )
+            Store(size, written_us)
+            if o.codec is None
+            else Store(o.nbytes, o.time_us, o.variance, o.codec, self._unpacked(node, o))
             for o in self.options[node]
         )
         rebuild = None
@@ -314,10 +315,32 @@ class _Builder:
             return not compat.must_save(node)
         return may_rebuild(node, self.model.classes, set(), lossy)
 
+    def _is_written(self, node: fx.Node) -> bool:
+        """Whether the forward writes the value to memory even if it is not stored."""
+        early = self.model.classes.used_forward
+        return node in early and self.materialized(_maker(node), early)
+
     def _rebuild_us(self, node: fx.Node) -> float:
-        """Of an op with several results each pays its share."""
-        maker = _maker(node)
-        return node_us(maker, self.model.device) / max(1, len(maker.users) if maker is not node else 1)
+        """Of an op with several results each pays its share.
+
+        One that is fused into its readers writes nothing: they read its inputs where they would read it.
+        """
+        maker, device = _maker(node), self.model.device
+        if maker is not node or not compat.is_fusible(node):
+            return node_us(maker, device) / max(1, len(maker.users) if maker is not node else 1)
+        read, size = (
+            sum(self._bytes_read(i, node) for i in node.all_input_nodes),
+            tensor_bytes(node.meta["val"]),
+        )
+        written = self.materialized(node, self._backward_set)
+        return device.microseconds(read + size if written else max(0, read - size))
+
+    def _bytes_read(self, source: fx.Node, node: fx.Node) -> int:
+        """What an elementwise op reads of an input, from where it is or where it is computed from."""
+        direct = _elements_read(source, node)
+        if not _is_op(source) or not compat.is_fusible(source) or not self._loads[source]:
+            return direct
+        return min(direct, sum(_elements_read(i, node) for i in self._loads[source]))
 
     def _unpacked(self, node: fx.Node, option: Option) -> bool:
         """Whether the decode is stored (see ``fusion.decoded_to_memory``)."""
@@ -384,6 +407,14 @@ def _ends(steps: Sequence[int]) -> tuple[int, ...]:
 def _alive(delta: list[int], nbytes: int, start: int, stop: int) -> None:
     delta[start] += nbytes
     delta[stop + 1] -= nbytes
+
+
+def _elements_read(source: fx.Node, node: fx.Node) -> int:
+    """Bytes of one element for each of the node's own, at most: gathers and slices read less than all."""
+    value, result = tensor(source), tensor(node)
+    if value is None or result is None:
+        return 0
+    return min(tensor_bytes(value), compat.hint(result.numel()) * value.dtype.itemsize)
 
 
 def _is_op(node: fx.Node) -> bool:
