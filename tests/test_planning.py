@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +61,32 @@ def test_it_is_the_plan_of_a_compile(name: str) -> None:
     assert [getattr(made, f) for f in same] == [getattr(expected, f) for f in same]
     assert made.planned_peak_bytes == made.simulated_peak_bytes == expected.simulated_peak_bytes
     assert SIMULATED in made.notes and not made.replayed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gpt", "vit", "llama"])
+def test_it_is_the_plan_of_a_compile_on_a_gpu(name: str) -> None:
+    torch.manual_seed(0)
+    model, batches, loss_fn = MODELS[name]("tiny")
+    options = {**SMALL, "device": "h200"}
+    (made,) = plan(model, batches(0, torch.device("cpu")), loss_fn, options=options)
+    cuda = torch.device("cuda")
+    expected = compiled_plan(model.to(cuda), batches(0, cuda), loss_fn, **options)
+    assert made.decisions == expected.decisions and len(made.decisions) > 10
+
+
+@pytest.mark.gpu
+def test_a_gpu_changes_no_byte_of_a_plan(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    texts = []
+    for visible in (os.environ.get("CUDA_VISIBLE_DEVICES", "0"), ""):
+        file = tmp_path / f"plan{len(texts)}.json"
+        command = [sys.executable, "-m", "ciuic_compile", "plan", "bench/targets.py:gpt2_medium"]
+        command += ["--device", "h200", "--autocast", "bfloat16", "--json", str(file)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": str(root)}
+        subprocess.run(command, cwd=root, env=env, check=True, capture_output=True)
+        texts.append(file.read_bytes())
+    assert texts[0] == texts[1]
 
 
 def test_weights_may_be_anywhere_and_stay_as_they_are() -> None:
