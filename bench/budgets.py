@@ -112,7 +112,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     budgets = spec["budgets"]
     if budgets is None:
         if share is None:
-            warm(spec["warm"])
+            warm(spec["warm"], end)
         measured("inductor", "inductor")
         evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
         for fraction in (fractions := spec["fractions"] or evenly):
@@ -122,10 +122,12 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             return rows
         peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
         budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
-        warm(spec["warm"], budgets)
+        warm(spec["warm"], end, budgets)
     for budget in budgets:
         for mode in spec["modes"]:
-            measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=mode)
+            name, *options = mode.split(",")
+            given = {key: json.loads(value) for key, _, value in (o.partition("=") for o in options)}
+            measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=name, **given)
     if share is not None:
         return rows
     times = take_turns(steps, device, spec["steps"], burst=4)
@@ -187,8 +189,12 @@ def _point(row: dict[str, Any]) -> str:
     return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
 
 
-def warm(processes: int, budgets: Sequence[int] = ()) -> None:
-    """Compile torch's configurations, or with ``budgets`` ours, in processes whose caches are this one's."""
+def warm(processes: int, end: float, budgets: Sequence[int] = ()) -> None:
+    """Compile torch's configurations, or with ``budgets`` ours, in processes whose caches are this one's.
+
+    Args:
+        end: of ``time.monotonic``; what runs then is stopped.
+    """
     command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:]]
     command += ["--budgets", *map(str, budgets)] if budgets else []
     running = [
@@ -196,7 +202,10 @@ def warm(processes: int, budgets: Sequence[int] = ()) -> None:
         for i in range(processes)
     ]
     for each in running:
-        each.wait()
+        try:
+            each.wait(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            each.kill()
 
 
 def main() -> None:
@@ -216,7 +225,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a toy shape, to try the script on a CPU")
     parser.add_argument("--points", type=int, default=15, help="budgets of each kind, evenly below 1")
     parser.add_argument("--fractions", type=float, nargs="+", help="these budgets instead")
-    parser.add_argument("--modes", nargs="+", default=["lossless", "1:1"], help="ours, each with a budget")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["lossless", "1:1"],
+        help="ours, each with every budget; more options of one after commas: lossless,plan_seconds=60",
+    )
     parser.add_argument("--steps", type=int, default=10, help="rounds of four timed steps of each")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile first")

@@ -30,6 +30,9 @@ from .timing import node_us
 #: A gradient error of 5.4% (torch's fp8 pass has it, DESIGN.md) weighs as much as a tenth of a step.
 _ERROR_AS_TIME = 0.1 / 0.054**2
 
+#: A fused value is computed by at most so many kernels: longer chains are written to memory on the way.
+_MOST_KERNELS = 3
+
 #: What is not larger than this share of a value counts for nothing beside it.
 _SMALL = 0.05
 
@@ -323,17 +326,23 @@ class _Builder:
     def _rebuild_us(self, node: fx.Node) -> float:
         """Of an op with several results each pays its share.
 
-        One that is fused into its readers writes nothing: they read its inputs where they would read it.
+        One that is fused into its readers writes nothing: each reads its inputs where it would read it.
         """
         maker, device = _maker(node), self.model.device
         if maker is not node or not compat.is_fusible(node):
             return node_us(maker, device) / max(1, len(maker.users) if maker is not node else 1)
-        read, size = (
-            sum(self._bytes_read(i, node) for i in node.all_input_nodes),
-            tensor_bytes(node.meta["val"]),
-        )
-        written = self.materialized(node, self._backward_set)
-        return device.microseconds(read + size if written else max(0, read - size))
+        size = tensor_bytes(node.meta["val"])
+        read = sum(self._bytes_read(i, node) for i in node.all_input_nodes)
+        if self.materialized(node, self._backward_set):
+            return device.microseconds(read + size)
+        return device.microseconds(max(0, read - size) * self._kernels_reading(node))
+
+    def _kernels_reading(self, node: fx.Node) -> int:
+        """Kernels of the backward that compute a fused value: its reader, and those of what is made from it."""
+        direct = bool(_readers(node, self._backward_set))
+        early = self.model.classes.used_forward
+        chained = sum(u in self.options and self._may_rebuild(u) for u in _readers(node, early))
+        return max(1, min(direct + chained, _MOST_KERNELS))
 
     def _bytes_read(self, source: fx.Node, node: fx.Node) -> int:
         """What an elementwise op reads of an input, from where it is or where it is computed from."""
