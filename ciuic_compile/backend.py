@@ -123,15 +123,21 @@ def _planned(
     key = cache.graph_key(gm, example_inputs, config, profile_for(main_device(example_inputs)).name)
     stored = cache.load(key)
     correction = stored.correction_bytes if stored else 0
+    frugal = stored is not None and config.budget is not None and not (config.shrinks or stored.tightened)
     attempts: list[tuple[Callable[..., Any], Plan]] = []
-    for _ in range(_ROUNDS):
-        partitioner = CiuicPartitioner(config, key, name, correction)
+    while len(attempts) < _ROUNDS or not (frugal or any(_fits(plan) for _, plan in attempts)):
+        # The last resort is the mode's own plan: another's correction may be too large for it.
+        frugal = frugal or len(attempts) >= _ROUNDS
+        partitioner = CiuicPartitioner(config, key, name, 0 if frugal else correction, frugal)
         with compat_wrapper.recorded() as recording:
             try:
                 compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
             except InfeasibleBudgetError as error:
                 if any(_fits(plan) for _, plan in attempts):
                     break
+                if attempts and not frugal:
+                    frugal = True
+                    continue
                 least = min((plan.planned_peak_bytes for _, plan in attempts), default=error.smallest_bytes)
                 if least < error.smallest_bytes:
                     raise _over_budget([plan for _, plan in attempts]) from error
@@ -152,9 +158,10 @@ def _planned(
         if plan.budget_bytes is None or not plan.replayed or drift == correction:
             break
         expected = abs(drift - correction) < _DRIFT * plan.budget_bytes
-        if _fits(plan) and (expected or not plan.tightened):
+        if frugal or (_fits(plan) and (expected or not plan.tightened)):
             break
-        correction = drift
+        over = sum(not _fits(plan) for _, plan in attempts)
+        correction = drift + int(_DRIFT * plan.budget_bytes) * max(0, over - 1)  # no third time by a hair
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])

@@ -99,6 +99,11 @@ class CompileConfig:
         return self.ratio is not None
 
     @property
+    def shrinks(self) -> bool:
+        """Whether the mode asks for fewer saved bytes than Inductor's; if not, only a budget does."""
+        return self.ratio is not None and self.ratio > 1
+
+    @property
     def inductor_options(self) -> dict[str, Any]:
         """What to pass to Inductor as ``config_patches``: the mode's options under the explicit ones."""
         if self.inductor_mode == "default":

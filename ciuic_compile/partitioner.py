@@ -45,6 +45,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             into its own cache keys, so no cached code of another configuration can be hit.
         name: the graph's name in reports.
         correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
+        frugal: prefer the mode's own plan under a budget that holds it, though another costs less time.
 
     Attributes:
         plan: the plan, once called; None when nothing in the graph depends on gradients.
@@ -55,11 +56,14 @@ class CiuicPartitioner(CustomPartitionerFn):
 
     lowers = True
 
-    def __init__(self, config: CompileConfig, key: str, name: str, correction: int = 0) -> None:
+    def __init__(
+        self, config: CompileConfig, key: str, name: str, correction: int = 0, frugal: bool = False
+    ) -> None:
         self._config = config
-        self._key = f"{key} {correction}" if correction else key
+        self._key = " ".join([key, *([str(correction)] if correction else []), *(["frugal"] * frugal)])
         self._name = name
         self._correction = correction
+        self._frugal = frugal
         self.plan: Plan | None = None
         self.joint: Joint | None = None
         self.called = False
@@ -84,7 +88,9 @@ class CiuicPartitioner(CustomPartitionerFn):
         def partition(
             joint: fx.GraphModule, whole: Candidate | None = None
         ) -> tuple[Graphs, Candidate | None]:
-            return partition_joint(joint, joint_inputs, self._config, whole, self._correction, **kwargs)
+            return partition_joint(
+                joint, joint_inputs, self._config, whole, self._correction, self._frugal, **kwargs
+            )
 
         graphs, candidate = partition(gm)
         if candidate is None:  # nothing in this graph depends on the gradients
@@ -237,6 +243,7 @@ def partition_joint(
     config: CompileConfig,
     whole: Candidate | None,
     correction: int,
+    frugal: bool = False,
     **kwargs: Any,
 ) -> tuple[Graphs, Candidate | None]:
     """Partition a joint graph by our own selection; no candidate where no part of it depends on gradients.
@@ -271,7 +278,7 @@ def partition_joint(
                 return _peaks(trial, by_name, correction, model.kind)
 
             try:
-                selection = fit_budget(model, selection, judge)
+                selection = fit_budget(model, selection, judge, frugal)
             except InfeasibleBudgetError as error:
                 infeasible = error
         seen.update(

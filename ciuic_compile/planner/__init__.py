@@ -27,6 +27,7 @@ from .assign import Option, assign
 from .error_model import ErrorModel, relative_mse
 from .fit import Fit, Judge, fit
 from .formulate import error_as_us, formulate, storable
+from .program import evaluate
 from .select import NoCut, follows_rules, select_saved
 from .timing import node_us
 
@@ -54,7 +55,7 @@ class Codecs:
     gap: float
     notes: tuple[str, ...] = ()
     tightened: bool = False  # by the budget, beyond the mode's own target
-    rebuilt_us: float | None = None  # what the solver counts for all that is computed again
+    rebuilt_us: float | None = None  # what the solver counts for what Inductor would not compute again
     price: Price | None = None
 
     @property
@@ -145,27 +146,27 @@ def rounding_error(model: MemoryModel) -> float:
     return 1.75 * min((torch.finfo(v.dtype).eps for v in values if v is not None), default=0.0)
 
 
-def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Selection:
+def fit_budget(model: MemoryModel, selection: Selection, judge: Judge, frugal: bool = False) -> Selection:
     """What costs least within the budget; under a ratio, the selection with its codecs wherever that fits.
 
     Args:
         judge: simulated peaks of the rewritten graphs.
+        frugal: take the selection with its codecs without a ratio too, wherever that fits.
 
     Raises:
         InfeasibleBudgetError: no plan was found within the budget.
     """
     config = model.config
     assert config.budget is not None
-    device, coefficients = model.device, _coefficients(model, selection.saved)
+    coefficients = _coefficients(model, selection.saved)
     codecs = choose_codecs(model, selection, coefficients)
     peaks = judge(selection.saved, codecs.chosen)
-    shrinks = config.ratio is not None and config.ratio > 1
-    if shrinks and peaks.peak <= config.budget:
+    if (config.shrinks or frugal) and peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
     of_all = {**_coefficients(model, everything), **coefficients}
-    options = {n: _options(model, n, of_all.get(n, 0.0), device) for n in everything}
-    formulation = formulate(model, options, selection.saved)
+    options = {n: _options(model, n, of_all.get(n, 0.0), model.device) for n in everything}
+    formulation = formulate(model, options, {*selection.saved, *model.captured.baseline_saved})
     smallest = _solve(model, _all_options(model, selection, coefficients), 0)
     planned = sum(o.nbytes for o in codecs.options.values())
     found = fit(
@@ -175,7 +176,9 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         (formulation.decision(selection.saved, codecs.chosen), peaks),
         judge,
         config.plan_seconds,
-        max_saved=(planned if shrinks else max(planned, model.baseline_bytes)) if config.lossy else None,
+        max_saved=(planned if config.shrinks else max(planned, model.baseline_bytes))
+        if config.lossy
+        else None,
         max_variance=config.max_error**2 if config.max_error is not None else None,
     )
     notes = selection.notes
@@ -183,17 +186,23 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge) -> Select
         late = f"the planner ran into its deadline ({config.plan_seconds:g} s)"
         notes += (f"{late}: another run may find another plan; plan_seconds gives it more",)
     picked = replace(selection, saved=found.saved, notes=notes)
-    return replace(picked, codecs=_described(model, picked, found.codecs, device, found))
+    own = evaluate(formulation.problem, formulation.decision(model.captured.baseline_saved, {}))
+    beyond = found.evaluation.time_us - (0.0 if own.missing else own.time_us)
+    return replace(picked, codecs=_described(model, picked, found, beyond))
 
 
 def _described(
     model: MemoryModel,
     selection: Selection,
-    chosen: Mapping[fx.Node, str | None],
-    device: DeviceProfile,
     found: Fit,
+    time_us: float,
 ) -> Codecs:
-    """What the solver chose, with the error of each storage among these saved ones."""
+    """What the solver chose, with the error of each storage among these saved ones.
+
+    Args:
+        time_us: what it takes beyond Inductor's own choice, by the solver's account.
+    """
+    device, chosen = model.device, found.codecs
     coefficients = _coefficients(model, selection.saved)
     picked: dict[fx.Node, Option] = {}
     for node in model.storages_of(selection.saved):
@@ -206,7 +215,7 @@ def _described(
         found.bound,
         found.gap,
         tightened=True,
-        rebuilt_us=max(0.0, found.evaluation.time_us - stored_us),
+        rebuilt_us=max(0.0, time_us - stored_us),
         price=_price(found),
     )
 

@@ -338,7 +338,7 @@ class _Builder:
         return device.microseconds(max(0, read - size) * self._kernels_reading(node))
 
     def _kernels_reading(self, node: fx.Node) -> int:
-        """Kernels of the backward that compute a fused value: its reader, and those of what is made from it."""
+        """Kernels of the backward that compute a fused value: its reader's, and those of what it makes."""
         direct = bool(_readers(node, self._backward_set))
         early = self.model.classes.used_forward
         chained = sum(u in self.options and self._may_rebuild(u) for u in _readers(node, early))

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from bench.language import GPT, TransformerConfig
-from ciuic_compile import Plan
+from ciuic_compile import Plan, backend
 from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.planner.assign import Option
 from ciuic_compile.planner.descent import Effort, descend
@@ -90,6 +91,48 @@ def test_a_lossy_budget_stays_within_the_stated_error(free: Step) -> None:
     assert held.saved.nbytes == plan.planned_saved_bytes
     assert 0 < max(errors(free, held).values()) <= plan.gradient_error_bound
     assert any(d.action is Action.COMPRESS for d in plan.decisions)
+
+
+def test_a_loose_budget_is_met_in_inductors_own_time(free: Step) -> None:
+    plan = only(free)
+    loose = only(made("lossless", 2 * plan.baseline_peak_bytes))
+    assert loose.time_us == 0.0 < plan.time_us
+    assert loose.simulated_peak_bytes > plan.simulated_peak_bytes
+
+
+def replayed(monkeypatch: pytest.MonkeyPatch, drift: Callable[[Plan, int], int]) -> list[Plan]:
+    """Let Inductor's schedules need so many bytes more than plans say; the plans are listed as they come."""
+    plans: list[Plan] = []
+
+    def confirm(plan: Plan, *_: object) -> Plan:
+        peak = plan.simulated_peak_bytes + drift(plan, len(plans) + 1)
+        plans.append(replace(plan, planned_peak_bytes=peak, replayed=True))
+        return plans[-1]
+
+    monkeypatch.setattr(backend, "confirm", confirm)
+    return plans
+
+
+def test_a_schedule_that_needs_more_again_and_again_is_aimed_below(
+    free: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = int(0.8 * only(free).baseline_peak_bytes)
+    plans = replayed(monkeypatch, lambda plan, n: budget + 1 - plan.simulated_peak_bytes if n < 3 else 0)
+    found = only(made("lossless", budget))
+    assert [plan.planned_peak_bytes <= budget for plan in plans] == [False, False, True]
+    drifts = [plan.planned_peak_bytes - plan.simulated_peak_bytes for plan in plans]
+    assert [plan.correction_bytes for plan in plans] == [0, drifts[0], drifts[1] + budget // 100]
+    assert found == plans[-1] and found.tightened
+
+
+def test_where_no_correction_helps_the_modes_own_plan_is_tried(
+    free: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = int(1.02 * only(free).simulated_peak_bytes)
+    plans = replayed(monkeypatch, lambda plan, number: budget if plan.tightened else 0)
+    found = only(made("lossless", budget))
+    assert [plan.tightened for plan in plans] == [True, False]
+    assert found == plans[-1] and found.planned_peak_bytes <= budget
 
 
 def test_an_impossible_budget_names_what_is_alive_at_the_smallest_peak() -> None:
