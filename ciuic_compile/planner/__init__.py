@@ -160,15 +160,15 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge, frugal: b
     assert config.budget is not None
     coefficients = _coefficients(model, selection.saved)
     codecs = choose_codecs(model, selection, coefficients)
-    peaks = judge(selection.saved, codecs.chosen)
-    if (config.shrinks or frugal) and peaks.peak <= config.budget:
+    peaks = judge(selection.saved, codecs.chosen) if config.shrinks or frugal else None
+    if peaks is not None and peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
     everything = storable(model)
     of_all = {**_coefficients(model, everything), **coefficients}
     options = {n: _options(model, n, of_all.get(n, 0.0), model.device) for n in everything}
     formulation = formulate(model, options, {*selection.saved, *model.captured.baseline_saved})
     smallest = _solve(model, _all_options(model, selection, coefficients), 0)
-    planned = sum(o.nbytes for o in codecs.options.values())
+    most = codecs.nbytes if config.shrinks else max(codecs.nbytes, model.baseline_bytes)
     found = fit(
         formulation,
         config.budget,
@@ -176,9 +176,7 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge, frugal: b
         (formulation.decision(selection.saved, codecs.chosen), peaks),
         judge,
         config.plan_seconds,
-        max_saved=(planned if config.shrinks else max(planned, model.baseline_bytes))
-        if config.lossy
-        else None,
+        max_saved=most if config.lossy else None,
         max_variance=config.max_error**2 if config.max_error is not None else None,
     )
     notes = selection.notes

@@ -53,7 +53,7 @@ def fit(
     formulation: Formulation,
     budget: int,
     start: Decision,
-    judged_before: tuple[Decision, Peaks],
+    judged_before: tuple[Decision, Peaks | None],
     judge: Judge,
     seconds: float,
     max_saved: int | None = None,
@@ -66,7 +66,7 @@ def fit(
 
     Args:
         start: a decision that saves little.
-        judged_before: another decision, and what the judge said of it.
+        judged_before: another decision, and what the judge said of it, if asked.
         judge: says what the rewritten graphs take.
         seconds: deadline for everything.
 
