@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already fill the cores
 
 
 def _compile_once(folder: Path) -> None:
-    """Put ``tests/cxx/g++`` before the real one, for this process and all that it starts: xdist's workers too."""
+    """Put ``tests/cxx/g++`` before the real one, here and in all that is started: xdist's workers too."""
     compiler = shutil.which("g++")
     if compiler is None or "CXX" in os.environ or "CIUIC_TESTS_CXX" in os.environ:
         return
