@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +14,28 @@ import pytest
 
 # before torch is imported: nothing of this session may be read from, or left in, the user's caches
 _SESSION = Path(tempfile.mkdtemp(prefix="ciuic-tests-"))
+atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_SESSION / "session")
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already fill the cores
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _compile_once(folder: Path) -> None:
+    """Put ``tests/cxx/g++`` before the real one, here and in all that is started: xdist's workers too."""
+    compiler = shutil.which("g++")
+    if compiler is None or "CXX" in os.environ or "CIUIC_TESTS_CXX" in os.environ:
+        return
+    stubs = folder / "stubs"
+    stubs.mkdir(parents=True)
+    for library in ("torch", "torch_cpu", "torch_python", "c10"):
+        named = ("-o", stubs / f"lib{library}.so", f"-Wl,-soname,lib{library}.so")
+        subprocess.run([compiler, "-shared", "-nostdlib", "-x", "c", os.devnull, *named], check=True)
+    os.environ["CIUIC_TESTS_CXX"], os.environ["CIUIC_TESTS_OBJECTS"] = compiler, str(folder)
+    os.environ["PATH"] = f"{Path(__file__).with_name('cxx')}{os.pathsep}{os.environ['PATH']}"
+
+
+_compile_once(_SESSION / "objects")
 
 import torch  # noqa: E402
 

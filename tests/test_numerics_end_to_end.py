@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ __all__ = ["kernel_cache"]
 ROUNDING = 5e-6  # of float32 sums of up to 2,000 terms in another order: 40 units in the last place
 
 
+def on_one_worker(names: Iterable[str]) -> list[Any]:
+    """Each model's tests in one process of xdist's: :func:`zoo_step` remembers its steps."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def inductor_cache(kernel_cache: Path) -> Iterator[Path]:
     with only_kernels_cached(kernel_cache) as folder:
@@ -35,7 +41,7 @@ def inductor_cache(kernel_cache: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", on_one_worker(ZOO))
 def test_forward_is_inductors_bit_for_bit(name: str, mode: str) -> None:
     theirs, ours = zoo_step(name, "inductor"), zoo_step(name, mode)
     assert len(ours.plans) == (mode != "off")
@@ -44,7 +50,7 @@ def test_forward_is_inductors_bit_for_bit(name: str, mode: str) -> None:
         assert torch.equal(ours.buffers[buffer], value), buffer
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", on_one_worker(ZOO))
 def test_lossless_gradients_are_inductors(name: str) -> None:
     ours = zoo_step(name, "lossless")
     assert ours.bound == 0
@@ -52,7 +58,7 @@ def test_lossless_gradients_are_inductors(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["2:1", "4:1", "6:1"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", on_one_worker(ZOO))
 def test_lossy_gradients_are_within_the_stated_bound(name: str, mode: str) -> None:
     ours = zoo_step(name, mode)
     found = errors(zoo_step(name, "inductor"), ours)
@@ -62,7 +68,7 @@ def test_lossy_gradients_are_within_the_stated_bound(name: str, mode: str) -> No
 
 
 @pytest.mark.parametrize("mode", ["lossless", "2:1", "4:1", "6:1"])
-@pytest.mark.parametrize("name", ["mlp with dropout", "attention", "llama", "embedding"])
+@pytest.mark.parametrize("name", on_one_worker(n for n in ZOO if n != "convnet"))
 def test_measured_saved_bytes_are_the_planned_ones(name: str, mode: str) -> None:
     ours = zoo_step(name, mode)
     assert ours.saved.nbytes == ours.planned_saved_bytes
@@ -71,6 +77,7 @@ def test_measured_saved_bytes_are_the_planned_ones(name: str, mode: str) -> None
         assert ours.plans[0].ratio >= float(mode[0]) or "out of reach" in " ".join(ours.plans[0].notes)
 
 
+@pytest.mark.xdist_group("convnet")
 @pytest.mark.parametrize("mode", ["lossless", "4:1"])
 def test_measured_saved_bytes_of_a_convnet(mode: str) -> None:
     """As planned. Inductor saves more than its partition says: channels-last copies of weights and images."""

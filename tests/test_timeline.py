@@ -271,10 +271,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"first": first, "again": again, "edited": edited}
 
 
+@pytest.mark.xdist_group("timeline")
 def test_two_processes_agree(documents: dict[str, str]) -> None:
     assert documents["first"] == documents["again"]
 
 
+@pytest.mark.xdist_group("timeline")
 def test_edits_that_change_no_computation_leave_every_id(documents: dict[str, str]) -> None:
     first, edited = (json.loads(documents[name])["plan"] for name in ("first", "edited"))
     for track in ("baseline", "planned"):
@@ -287,6 +289,7 @@ def test_edits_that_change_no_computation_leave_every_id(documents: dict[str, st
     assert first["timeline"]["lines"] != edited["timeline"]["lines"]
 
 
+@pytest.mark.xdist_group("timeline")
 def test_no_absolute_path_is_anywhere(documents: dict[str, str]) -> None:
     for text in documents.values():
         strings = list(all_strings(json.loads(text)))

@@ -49,6 +49,7 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     return cache, run(cache, {"mode": "4:1"})
 
 
+@pytest.mark.xdist_group("warm start")
 def test_a_warm_start_compiles_nothing_and_prints_the_same_plan(cold: tuple[Path, Run]) -> None:
     cache, first = cold
     assert (first.hits, first.misses) == (0, 1) and len(first.plans) == 1
@@ -60,6 +61,7 @@ def test_a_warm_start_compiles_nothing_and_prints_the_same_plan(cold: tuple[Path
     assert second.gradients == first.gradients
 
 
+@pytest.mark.xdist_group("warm start")
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,6 +80,7 @@ def test_another_configuration_never_hits(cold: tuple[Path, Run], options: dict[
     assert (other.plans == []) == (options["mode"] == "off")
 
 
+@pytest.mark.xdist_group("warm start")
 def test_the_report_option_alone_still_hits(cold: tuple[Path, Run]) -> None:
     cache, first = cold
     quiet = run(cache, {"mode": "4:1", "report": "off"})
@@ -94,6 +97,7 @@ def test_a_loss_in_chunks_hits_and_whole_it_does_not(tmp_path: Path) -> None:
     assert (whole.hits, whole.misses) == (0, 1)
 
 
+@pytest.mark.xdist_group("warm start")
 def test_a_lost_sidecar_still_prints_the_plan(cold: tuple[Path, Run]) -> None:
     cache, first = cold
     sidecars = list((cache / "ciuic").glob("*.json"))

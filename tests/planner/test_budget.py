@@ -36,7 +36,7 @@ from tests.training import Step, errors, interpreted, step
 class Deep(nn.Module):
     """A GPT of several equal layers and the sum of its logits' squares."""
 
-    def __init__(self, layers: int = 4) -> None:
+    def __init__(self, layers: int = 3) -> None:
         super().__init__()
         self.gpt = GPT(TransformerConfig(layers, 64, 4, 4, 256, 29, 32, 8))
 
@@ -65,6 +65,7 @@ def only(got: Step) -> Plan:
     return plan
 
 
+@pytest.mark.xdist_group("budget")
 def test_a_lossless_budget_computes_matmuls_again_and_stays_exact(free: Step) -> None:
     times = []
     for share in (0.9, 0.7):
@@ -83,6 +84,7 @@ def test_a_lossless_budget_computes_matmuls_again_and_stays_exact(free: Step) ->
     assert all(d.codec is None for d in plan.decisions)
 
 
+@pytest.mark.xdist_group("budget")
 def test_a_lossy_budget_stays_within_the_stated_error(free: Step) -> None:
     budget = int(0.55 * only(free).simulated_peak_bytes)
     held = made("1:1", budget)
