@@ -188,7 +188,7 @@ class Classifier:
 
     @cached_property
     def factors(self) -> set[fx.Node]:
-        """What products of two computed matrices read (attention that no kernel fuses), up to the last one."""
+        """What products of two computed matrices read (attention not fused), back to the last one."""
         return set().union(*self._factors)
 
     @cached_property

@@ -9,6 +9,7 @@ terms of a norm's backward, sums over n elements divided by n, are n times small
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from math import prod
 from typing import cast
@@ -126,10 +127,8 @@ class Energy:
 
     def _of_fma(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """``a * b + c``: with ``-a``, the difference in a softmax's backward."""
-        a, b, c = (
-            power.get(i, 1.0) if isinstance(i, fx.Node) else float(cast(float, i)) ** 2 for i in node.args
-        )
-        return _without(c, a * b) if is_negated(node) else a * b + c
+        product, term = fma_terms(node, lambda i: power.get(i, 1.0))
+        return _without(term, product) if is_negated(node) else product + term
 
     def _of_output(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """Output of a convolution's or attention's backward."""
@@ -151,6 +150,12 @@ def is_attention_backward(node: fx.Node) -> bool:
     return "attention" in name and "backward" in name
 
 
+def fma_terms(node: fx.Node, of: Callable[[fx.Node], float]) -> tuple[float, float]:
+    """Mean squares of the product and of the term in ``fma(a, b, c)``; ``b`` may be a number."""
+    a, b, c = (of(i) if isinstance(i, fx.Node) else float(cast(float, i)) ** 2 for i in node.args)
+    return a * b, c
+
+
 def is_negated(fma: fx.Node) -> bool:
     """Whether the product in it is taken away."""
     return any(packet(i) is aten.neg for i in fma.args[:2] if isinstance(i, fx.Node))
@@ -161,7 +166,7 @@ def _without(whole: float, part: float) -> float:
 
 
 def _constant(node: fx.Node) -> float:
-    """The square of the number. A mask's infinities count nothing: what they are added to is exponentiated."""
+    """The number's square. A mask's infinities count nothing: what they are added to is exponentiated."""
     value = node.args[0 if packet(node) is aten.scalar_tensor else 1]
     return float(value) ** 2 if isinstance(value, (int, float)) and abs(value) < _MASKED else 0.0
 

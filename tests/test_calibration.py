@@ -49,7 +49,7 @@ def test_the_stated_error_is_within_a_factor_of_the_measured_one(name: str) -> N
 
 @pytest.mark.parametrize(("sharpness", "modes"), [(1.0, ("2:1", "6:1")), (8.0, ("4:1",))])
 def test_it_is_so_where_no_kernel_fuses_attention(sharpness: float, modes: Sequence[str]) -> None:
-    """As on a GPU in float32 with fewer key heads: understated nine times. A trained model's scores are sharp."""
+    """As on a GPU in float32 with fewer key heads: understated nine times. Trained scores are sharp."""
     built, batches, loss = MODELS["llama"]("tiny")
     with torch.no_grad():
         for name, parameter in built.named_parameters():
@@ -216,7 +216,7 @@ def test_bad_files_are_refused_by_type(tmp_path: Path) -> None:
         "empty": "",
         "not valid JSON": "{",
         "not a calibration": json.dumps({"schema": "ciuic.plan/1"}),
-        "of another version": edited(document, schema="ciuic.calibration/2"),
+        "of another version": edited(document, schema="ciuic.calibration/1"),
         "fields missing or unknown": edited(document, more=1),
         "'steps'": edited(document, steps="2"),
         "'graphs'": edited(document, graphs={}),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from math import prod, sqrt
+from math import sqrt
 
 import torch
 from torch import fx
@@ -24,7 +24,7 @@ from ..calibration import GraphCalibration
 from ..capture import CapturedGraph, numel, operands
 from ..classify import Classifier, packet
 from ..codecs import Codec
-from ..energy import CONVOLUTION_BACKWARD, FMA, TERMS, Energy, is_attention_backward, is_negated
+from ..energy import CONVOLUTION_BACKWARD, FMA, TERMS, Energy, fma_terms, is_attention_backward, is_negated
 from ..types import TensorClass
 
 aten = torch.ops.aten
@@ -203,8 +203,8 @@ class ErrorModel:
         """``a * b + c`` as a sum of two terms; both factors of the product have its share."""
         whole = self._energy.of(node)
         *factors, term = (i for i in node.args if isinstance(i, fx.Node))
-        shares = dict.fromkeys(factors, prod(map(self._energy.of, factors)) / whole)
-        own = self._energy.of(term) / whole
+        product, own = (energy / whole for energy in fma_terms(node, self._energy.of))
+        shares = dict.fromkeys(factors, product)
         shares[term] = shares.get(term, 0.0) + (min(1.0, own) if is_negated(node) else own)
         return shares
 
