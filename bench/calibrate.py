@@ -10,6 +10,7 @@ error model (ciuic_compile/planner/error_model.py) needs another constant. docs/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ciuic_compile
 from bench import common
@@ -146,6 +148,11 @@ def capture(
 
 def cell(spec: dict[str, Any]) -> dict[str, Any]:
     """Every class of one model, and its plan in every mode."""
+    with sdpa_kernel([SDPBackend.MATH]) if spec["unfused"] else contextlib.nullcontext():
+        return _measured(spec)
+
+
+def _measured(spec: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(spec["device"])
     rows, seconds = [], 0.0
     for mode in spec["modes"]:
@@ -212,6 +219,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["2:1", "4:1", "6:1"], help="plans to measure")
     parser.add_argument("--calibrated", action="store_true", help="give the plans a calibration")
     parser.add_argument("--plans-only", action="store_true", help="no rows of single classes")
+    parser.add_argument("--unfused", action="store_true", help="attention written out, as where no kernel is")
     parser.add_argument("--device")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a model may take")
     parser.add_argument("--out", help="JSON file to write")
@@ -229,6 +237,7 @@ def main() -> None:
             "modes": args.modes,
             "calibrated": args.calibrated,
             "plans_only": args.plans_only,
+            "unfused": args.unfused,
             "device": str(device),
         }
         for size in args.sizes

@@ -20,10 +20,13 @@ from .errors import OptionError
 from .types import TensorClass
 from .writing import write_file
 
-SCHEMA: Final = "ciuic.calibration/1"
+#: Gains are relative to the predictions of the error model: where those change much, so does this version.
+SCHEMA: Final = "ciuic.calibration/2"
 _FAMILY: Final = "ciuic.calibration/"
 _GROUPS: Final = frozenset(
-    kind.value + special for kind in TensorClass for special in ("", "/mixed", "/convolution")
+    kind.value + special
+    for kind in TensorClass
+    for special in ("", "/mixed", "/convolution", "/probabilities", "/factor")
 )
 _VALID: Final = "a Calibration, or the path of a JSON file that its save() wrote"
 _AGAIN: Final = "calibrate again: ciuic_compile.calibrate(model, batches).save(path)"
@@ -36,8 +39,9 @@ class GraphCalibration:
     Attributes:
         shares: of each gradient that the backward returns, in its order, in the sum of squares of all.
         gains: group of saved tensors -> measured over predicted error variance of the whole gradient. A group
-            is a class, but "class/mixed" (several channels in 64 elements) and "class/convolution"
-            (convolutions' outputs) are groups of their own.
+            is a class, but "class/mixed" (several channels in 64 elements), "class/convolution"
+            (convolutions' outputs) and, of attention that no kernel fuses, "class/probabilities" and
+            "class/factor" (what else its products read) are groups of their own.
         mse: the same -> codec -> its relative mean squared error on these tensors (mean over them).
     """
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import compat, ops
-from .capture import CapturedGraph, numel, owner, tensor
+from .capture import CapturedGraph, numel, operands, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
 from .rows import LOSS_CHUNK
@@ -34,6 +34,7 @@ _ATTENTION = (
 _CONTRACTIONS = {
     aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten._scaled_mm, aten.addbmm, aten._int_mm,
 }  # fmt: skip
+_MATRIX_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 
 #: Random numbers that are a pure function of a saved seed: rebuilt, they are the same numbers.
 REBUILDABLE_RANDOM = {
@@ -72,6 +73,14 @@ def is_reduction(node: fx.Node) -> bool:
     if packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) > 1:
         return False
     return packet(node) in _REDUCTIONS
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """Whether the node is ``x / sum(x)``: parts of a whole."""
+    if packet(node) is not aten.div or not isinstance(node.args[1], fx.Node):
+        return False
+    whole = owner(node.args[1])
+    return packet(whole) is aten.sum and whole.args[0] is node.args[0]
 
 
 class Classifier:
@@ -175,6 +184,27 @@ class Classifier:
                     moved = compat.is_view(source) or source.target in (aten.clone.default, ops.AFTER)
                     found.add(owner(source))
                     source = source.all_input_nodes[0] if moved else None
+        return found
+
+    @cached_property
+    def factors(self) -> set[fx.Node]:
+        """What products of two computed matrices read (attention not fused), back to the last one."""
+        return set().union(*self._factors)
+
+    @cached_property
+    def probabilities(self) -> set[fx.Node]:
+        """Those of the :attr:`factors` that are a softmax, or what it is computed from and becomes."""
+        return set().union(*(found for found in self._factors if any(map(is_softmax, found))))
+
+    @cached_property
+    def _factors(self) -> list[set[fx.Node]]:
+        """For each operand of each of these products, what it is computed from."""
+        found = []
+        for node in self._forward:
+            if packet(node) in _MATRIX_PRODUCTS:
+                pair = operands(node)[-2:]
+                if not any(i in self.from_parameters for i in pair):
+                    found += [self._upstream([i]) for i in pair]
         return found
 
     @cached_property
@@ -301,15 +331,15 @@ class Classifier:
     def _attention_operands(self) -> dict[TensorClass, set[fx.Node]]:
         calls = [n for n in self._forward if is_attention(n)]
 
-        def operands(indices: Iterable[int]) -> set[fx.Node]:
+        def read(indices: Iterable[int]) -> set[fx.Node]:
             starts = [n.args[i] for n in calls for i in indices if isinstance(n.args[i], fx.Node)]
             return self._upstream(starts)
 
         outputs = {g for n in calls for g in n.users if compat.is_getitem(g) and g.args[1] == 0}
         outputs |= {n for n in self._forward if owner(n) in outputs}
         return {
-            TensorClass.ATTENTION_QK: operands((0, 1)),
-            TensorClass.ATTENTION_V: operands((2,)),
+            TensorClass.ATTENTION_QK: read((0, 1)),
+            TensorClass.ATTENTION_V: read((2,)),
             TensorClass.ATTENTION_OUT: outputs,
         }
 

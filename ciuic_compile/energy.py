@@ -9,15 +9,17 @@ terms of a norm's backward, sums over n elements divided by n, are n times small
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from math import prod
+from typing import cast
 
 import torch
 from torch import fx
 
 from . import compat
 from .capture import CapturedGraph, numel, operands, tensor
-from .classify import Classifier, is_contraction, is_reduction, packet
+from .classify import Classifier, is_contraction, is_reduction, is_softmax, packet
 
 aten = torch.ops.aten
 
@@ -29,6 +31,11 @@ SCORES = 0.1
 CONVOLUTION_BACKWARD = aten.convolution_backward
 SCALED = {aten.mul, aten.div}
 TERMS = {aten.add, aten.sub}
+FMA = torch.ops.prims.fma
+_SPLITS = {aten.split, aten.split_with_sizes, aten.unbind}
+_CONSTANTS = {aten.full, aten.scalar_tensor}
+_MASKED = 1e4  # what a mask adds is as large as its dtype goes, or infinite
+_LEAST = 1e-300  # nothing is divided by zero
 _OF_ORDER_ONE = {aten.convolution, aten.exp, aten.sigmoid}
 
 
@@ -53,14 +60,20 @@ class Energy:
         for node in self._captured.graph.nodes:
             if compat.is_symbolic(node):  # a number that products scale by, such as the size of a batch
                 power[node] = max(compat.number(node.meta["val"]) ** 2, 1e-30)
+            elif packet(node) in _SPLITS:  # a list, whose parts are views
+                power[node] = power.get(node.all_input_nodes[0], 1.0)
             elif node.op == "call_function" and tensor(node) is not None:
                 rule = self._backward if node in self._captured.gradients else self._forward
-                power[node] = rule(node, power)
+                power[node] = max(rule(node, power), _LEAST)
         return power
 
     def _forward(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """1 for statistics and what they normalize; weights shrink a value, numbers and products scale it."""
-        inputs = operands(node)
+        if packet(node) in _CONSTANTS:
+            return _constant(node)
+        if is_softmax(node):  # n parts of 1: between 1 / n^2 (all equal) and 1 / n (one is all)
+            return numel(node.all_input_nodes[1]) / numel(node)
+        inputs = operands(node)[1:] if packet(node) is aten.where else operands(node)
         if packet(node) not in SCALED | TERMS:  # a number among the others' arguments is a size
             inputs = [i for i in inputs if not compat.is_symbolic(i)]
         values = [power.get(i, 1.0) for i in inputs if i not in self._classes.from_parameters]
@@ -92,6 +105,8 @@ class Energy:
             return _scale(node) * product / prod(power[i] for i in divisors)
         if op is aten.sub:
             return self._difference(node, power)
+        if op is FMA:
+            return self._of_fma(node, power)
         if op is aten.add:
             return sum(power.get(i, 1.0) for i in inputs)
         if is_reduction(node):
@@ -108,7 +123,12 @@ class Energy:
     def _difference(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """A difference in a backward takes a projection away (norms, softmax)."""
         first, *rest = (power.get(i, 1.0) for i in node.all_input_nodes)
-        return max(first - sum(rest), first / 4)
+        return _without(first, sum(rest))
+
+    def _of_fma(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
+        """``a * b + c``: with ``-a``, the difference in a softmax's backward."""
+        product, term = fma_terms(node, lambda i: power.get(i, 1.0))
+        return _without(term, product) if is_negated(node) else product + term
 
     def _of_output(self, node: fx.Node, power: dict[fx.Node, float]) -> float:
         """Output of a convolution's or attention's backward."""
@@ -128,6 +148,27 @@ def is_attention_backward(node: fx.Node) -> bool:
     """Whether the node is the backward of a fused attention; its outputs begin with dq, dk, dv."""
     name = str(getattr(node.target, "__name__", node.target))
     return "attention" in name and "backward" in name
+
+
+def fma_terms(node: fx.Node, of: Callable[[fx.Node], float]) -> tuple[float, float]:
+    """Mean squares of the product and of the term in ``fma(a, b, c)``; ``b`` may be a number."""
+    a, b, c = (of(i) if isinstance(i, fx.Node) else float(cast(float, i)) ** 2 for i in node.args)
+    return a * b, c
+
+
+def is_negated(fma: fx.Node) -> bool:
+    """Whether the product in it is taken away."""
+    return any(packet(i) is aten.neg for i in fma.args[:2] if isinstance(i, fx.Node))
+
+
+def _without(whole: float, part: float) -> float:
+    return max(whole - part, whole / 4)
+
+
+def _constant(node: fx.Node) -> float:
+    """The number's square. A mask's infinities count nothing: what they are added to is exponentiated."""
+    value = node.args[0 if packet(node) is aten.scalar_tensor else 1]
+    return float(value) ** 2 if isinstance(value, (int, float)) and abs(value) < _MASKED else 0.0
 
 
 def _scale(node: fx.Node) -> float:

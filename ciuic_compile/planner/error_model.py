@@ -24,7 +24,7 @@ from ..calibration import GraphCalibration
 from ..capture import CapturedGraph, numel, operands
 from ..classify import Classifier, packet
 from ..codecs import Codec
-from ..energy import CONVOLUTION_BACKWARD, TERMS, Energy, is_attention_backward
+from ..energy import CONVOLUTION_BACKWARD, FMA, TERMS, Energy, fma_terms, is_attention_backward, is_negated
 from ..types import TensorClass
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ GROUP_SIZE = 64
 #: Gain of a convolution's output: batch norm removes its mean, which the codec's error is relative to.
 CENTRED = 2.0
 
-_SPECIAL = {"": 1.0, "/mixed": MIXED, "/convolution": CENTRED}
+_SPECIAL = {"": 1.0, "/mixed": MIXED, "/convolution": CENTRED, "/probabilities": 1.0, "/factor": 1.0}
 
 #: How far the guessed shares of the gradients are trusted; the rest goes by numbers of elements.
 TRUST = 0.7
@@ -192,10 +192,21 @@ class ErrorModel:
             if packet(node) is aten.sub:  # what is taken away of a value is taken away of its error too
                 shares[inputs[0]] = min(1.0, shares[inputs[0]])
             return shares
+        if packet(node) is FMA:
+            return self._of_fma(node)
         if packet(node) in _SUMS - TERMS:
             inputs = [i for i in inputs if i in self._captured.gradients]
             return dict.fromkeys(inputs, 1.0 / max(1, len(inputs)))
         return dict.fromkeys(inputs, 1.0)
+
+    def _of_fma(self, node: fx.Node) -> dict[fx.Node, float]:
+        """``a * b + c`` as a sum of two terms; both factors of the product have its share."""
+        whole = self._energy.of(node)
+        *factors, term = (i for i in node.args if isinstance(i, fx.Node))
+        product, own = (energy / whole for energy in fma_terms(node, self._energy.of))
+        shares = dict.fromkeys(factors, product)
+        shares[term] = shares.get(term, 0.0) + (min(1.0, own) if is_negated(node) else own)
+        return shares
 
     @cached_property
     def _accumulated(self) -> set[fx.Node]:
@@ -284,7 +295,11 @@ def relative_mse(
 def _special(classes: Classifier, node: fx.Node) -> str:
     if classes.is_mixed(node, GROUP_SIZE):
         return "/mixed"
-    return "/convolution" if packet(node) is aten.convolution else ""
+    if packet(node) is aten.convolution:
+        return "/convolution"
+    if node in classes.probabilities:
+        return "/probabilities"
+    return "/factor" if node in classes.factors else ""
 
 
 def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ciuic_compile.energy import Energy
-from ciuic_compile.planner.error_model import ErrorModel
+from ciuic_compile.planner.error_model import ErrorModel, group_of
 from tests.stages import HandMade, Stage, stage
 from tests.training import AttentionBlock
 
@@ -105,3 +106,40 @@ def test_symbolic_sizes_count_at_their_hints() -> None:
         coefficients.append(sorted(v for v in model_of.coefficients().values() if v))
     assert totals[0] == pytest.approx(totals[1], rel=1e-6)
     assert coefficients[0] == pytest.approx(coefficients[1], rel=1e-6)
+
+
+def attention_written_out(layers: int) -> Stage:
+    """Blocks whose attention no kernel fuses: matmul, softmax, matmul."""
+    torch.manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        return stage(nn.Sequential(*(AttentionBlock() for _ in range(layers))), torch.randn(2, 96, 64))
+
+
+def test_a_softmax_written_out_hands_on_no_more_than_a_fused_attention() -> None:
+    """Rows of n probabilities add up to 1: taken for ones, they made each gradient n times the one behind."""
+    written = attention_written_out(3)
+    fused = stage(nn.Sequential(*(AttentionBlock() for _ in range(3))), torch.randn(2, 96, 64))
+    assert not any(written.model.classes._attention_operands.values())
+    assert any(fused.model.classes._attention_operands.values())
+    shares = []
+    for found in (written, fused):
+        energy = Energy(found.captured, found.model.classes)
+        totals = [energy.total(n) for n in found.captured.bwd_outputs if n.op != "placeholder"]
+        shares.append([t / totals[-1] for t in totals])
+    for mine, reference in zip(*shares, strict=True):
+        assert reference / 8 < mine < reference * 8, "it was 2400 times as much"
+
+
+def test_what_attention_written_out_reads_is_calibrated_by_itself() -> None:
+    found = attention_written_out(1)
+    groups = {
+        tuple(n.meta["val"].shape): group_of(found.model.classes, n)
+        for n in found.model.storages_of(found.selection.saved)
+        if found.model.codecs(n)
+    }
+    assert groups[2, 4, 96, 96] == "activation/probabilities"
+    assert (
+        groups[2, 4, 96, 16] == groups[2, 4, 16, 96] == "linear_input/factor"
+    )  # queries or values, and keys
+    assert groups[2, 96, 4, 16] == "linear_input", "attention's output, which a linear layer reads"
+    assert groups[192, 128] == "activation", "what GELU reads"
