@@ -6,6 +6,7 @@ Beside ``compat.py``, all that is private to torch.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, fx, nn
+from torch._dynamo import pgo
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -23,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from . import compat
 
-__all__ = ["BackendCompilerFailed", "Fakes", "many_compiles", "partition_only"]
+__all__ = ["BackendCompilerFailed", "Fakes", "first_compile", "partition_only"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 _MANY = 2**16
@@ -131,6 +133,15 @@ def _fresh(value: Any) -> Any:
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 
-def many_compiles() -> Any:
-    """A context in which Dynamo compiles a function however often it did before: each plan is a compile."""
-    return dynamo_config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)
+@contextlib.contextmanager
+def first_compile() -> Iterator[None]:
+    """A context in which Dynamo compiles a function however often it did before, as if it never had.
+
+    It remembers the sizes of every function, and makes those symbolic that were others before: that profile
+    is neither read nor written here.
+    """
+    limits = {"recompile_limit": _MANY, "accumulated_recompile_limit": _MANY}
+    profile = {"automatic_dynamic_local_pgo": False, "automatic_dynamic_remote_pgo": False}
+    state: defaultdict[pgo.CodeId, pgo.CodeState] = defaultdict(pgo.CodeState)
+    with dynamo_config.patch({**limits, **profile}), mock.patch.object(pgo, "_CODE_STATE", state):
+        yield

@@ -171,7 +171,7 @@ def _run_on_fakes(
 
     with contextlib.ExitStack() as stack:
         stack.callback(compat.forget_compiled, step)
-        stack.enter_context(compat_fake.many_compiles())
+        stack.enter_context(compat_fake.first_compile())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(compat.collecting_later())
         try:

@@ -89,6 +89,17 @@ def test_a_gpu_changes_no_byte_of_a_plan(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
+def test_a_plan_does_not_depend_on_those_before_it_in_the_process() -> None:
+    """Dynamo makes sizes symbolic that it has seen change: a second model of another batch was planned so."""
+    last = [plan(Mlp(), torch.zeros(rows, 64), lambda y: y.sum(), options=SMALL)[0] for rows in (32, 48, 96)][
+        -1
+    ]
+    torch._dynamo.reset()
+    (alone,) = plan(Mlp(), torch.zeros(96, 64), lambda y: y.sum(), options=SMALL)
+    assert not last.dynamic
+    assert last.decisions == alone.decisions and last.planned_peak_bytes == alone.planned_peak_bytes
+
+
 def test_weights_may_be_anywhere_and_stay_as_they_are() -> None:
     real = Mlp()
     with torch.device("meta"):
