@@ -60,7 +60,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, config: CompileConfig, key: str, name: str, correction: int = 0, frugal: bool = False
     ) -> None:
         self._config = config
-        self._key = " ".join([key, *([str(correction)] if correction else []), *(["frugal"] * frugal)])
+        self._key = key + (f" {correction}" if correction else "") + (" frugal" if frugal else "")
         self._name = name
         self._correction = correction
         self._frugal = frugal

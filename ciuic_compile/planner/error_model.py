@@ -44,7 +44,7 @@ GROUP_SIZE = 64
 #: Gain of a convolution's output: batch norm removes its mean, which the codec's error is relative to.
 CENTRED = 2.0
 
-_SPECIAL = {"": 1.0, "/mixed": MIXED, "/convolution": CENTRED, "/probabilities": 1.0, "/factor": 1.0}
+_SPECIAL = {"/mixed": MIXED, "/convolution": CENTRED}
 
 #: How far the guessed shares of the gradients are trusted; the rest goes by numbers of elements.
 TRUST = 0.7
@@ -154,7 +154,7 @@ class ErrorModel:
         return self._shape_gain(node) * gains.get(group_of(self._classes, node), 1.0)
 
     def _shape_gain(self, node: fx.Node) -> float:
-        return GAIN.get(self._classes.kind(node), 1.0) * _SPECIAL[_special(self._classes, node)]
+        return GAIN.get(self._classes.kind(node), 1.0) * _SPECIAL.get(_special(self._classes, node), 1.0)
 
     @cached_property
     def _sweep(self) -> list[fx.Node]:

@@ -241,9 +241,9 @@ class _Builder:
 
     def _is_fused(self, node: fx.Node) -> bool:
         """Whether the value takes memory only if it is stored."""
-        early = self.model.classes.used_forward
-        in_forward = node in early and self.materialized(node, early)
-        return not in_forward and not any(is_external(u) for u in _readers(node, self._backward_set))
+        if self._is_written(node):
+            return False
+        return not any(is_external(u) for u in _readers(node, self._backward_set))
 
     def _computed_from(self) -> dict[fx.Node, list[fx.Node]]:
         """For each storage, those that are computed from it directly."""
