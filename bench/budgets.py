@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,16 @@ from torch._inductor.compile_fx import compile_fx
 
 import ciuic_compile
 from bench import common, measure
+from bench.kernel_times import profiled
 from bench.models import MODELS, WithLoss
 from bench.plot import write_curves
 from bench.step_time import SMALL, WithLossView, build, ratio, step_of, take_turns
 from ciuic_compile.errors import InfeasibleBudgetError
 
-COLUMNS = ("", "budget MiB", "planned", "peak", "over %", "step ms", "x", "grad err", "gap %", "compile s")
+COLUMNS = (
+    "", "budget MiB", "planned", "peak", "over %", "step ms", "x", "busy ms", "host ms", "grad err", "gap %",
+    "predicted us",
+)  # fmt: skip
 
 
 def made(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, torch.device]:
@@ -135,7 +139,22 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         if row["config"] in times:
             row["step_ms"] = statistics.median(times[row["config"]])
             row["ratio"] = ratio(times["inductor"], times[row["config"]])
+            if device.type == "cuda":
+                row["kernels"] = profiled(steps[row["config"]], 3)
+                row["busy_ms"] = sum(ms for ms, _ in row["kernels"].values())
+                row["host_ms"] = host_ms(steps[row["config"]], device)
     return rows
+
+
+def host_ms(step: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds until a step is launched: where a GPU is busy for less, it waits."""
+    spent = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(spent)
 
 
 def plot(path: str, title: str, rows: list[dict[str, Any]]) -> None:
@@ -151,7 +170,7 @@ def plot(path: str, title: str, rows: list[dict[str, Any]]) -> None:
 def table_row(row: dict[str, Any]) -> list[str]:
     """One line of the printed table."""
     if "failed" in row:
-        return [row["config"], common.mib(row.get("budget")), row["failed"], *["-"] * 7]
+        return [row["config"], common.mib(row.get("budget")), row["failed"], *["-"] * 9]
     budget = row["budget"]
     return [
         row["config"],
@@ -161,9 +180,10 @@ def table_row(row: dict[str, Any]) -> list[str]:
         "-" if budget is None else f"{100 * (row['peak'] / budget - 1):+.2f}",
         f"{row['step_ms']:.2f}",
         f"{row['ratio']:.3f}",
+        *(f"{row[key]:.2f}" if key in row else "-" for key in ("busy_ms", "host_ms")),
         common.share(row["error"]),
         f"{100 * row['gap']:.2f}" if row.get("tightened") else "-",
-        f"{row['compile_s']:.1f}",
+        f"{row['time_us']:.0f}" if "time_us" in row else "-",
     ]
 
 

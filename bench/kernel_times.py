@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,24 +56,26 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 
     for _ in range(3):
         autocast_step()
+    return {"kernels": profiled(autocast_step, spec["steps"])}
+
+
+def profiled(step: Callable[[], None], count: int) -> dict[str, tuple[float, int]]:
+    """Milliseconds that each kernel is busy in a step, the median of ``count`` steps, and its calls."""
     steps = []
-    for _ in range(spec["steps"]):
+    for _ in range(count):
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            autocast_step()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            step()
             torch.cuda.synchronize()
         times: dict[str, list[float]] = defaultdict(list)
-        assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-        for event in profiled.profiler.kineto_results.events():
+        assert seen.profiler is not None and seen.profiler.kineto_results is not None
+        for event in seen.profiler.kineto_results.events():
             if "cuda" in str(event.device_type()).lower():
                 times[event.name()].append(event.duration_ns() / 1e6)
         steps.append(times)
     names = {name for times in steps for name in times}
     return {
-        "kernels": {
-            n: [statistics.median(sum(s.get(n, [0.0])) for s in steps), len(steps[0].get(n, []))]
-            for n in names
-        }
+        n: (statistics.median(sum(s.get(n, [0.0])) for s in steps), len(steps[0].get(n, []))) for n in names
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import statistics
 import sys
@@ -112,16 +113,18 @@ def turns(spec: dict[str, Any]) -> dict[str, Any]:
 def take_turns(
     steps: dict[str, Callable[[], None]], device: torch.device, rounds: int, burst: int = 1
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round; every other round goes backwards.
+    """Milliseconds of every step in every round; each round has an order of its own, the same in every run.
 
     Args:
-        burst: steps in a row, as in training, of which the mean counts: a step alone waits for the host.
+        burst: steps in a row, as in training; the first of several waits for the host and does not count.
     """
     times: dict[str, list[float]] = {config: [] for config in steps}
-    order = list(steps)
-    for i in range(rounds):
-        for config in order if i % 2 == 0 else reversed(order):
-            times[config].append(statistics.fmean(measure.time_steps(steps[config], device, burst)))
+    order, shuffle = list(steps), random.Random(0).shuffle
+    for _ in range(rounds):
+        for config in order:
+            found = measure.time_steps(steps[config], device, burst)
+            times[config].append(statistics.fmean(found[burst > 1 :]))
+        shuffle(order)
     return times
 
 
