@@ -47,7 +47,9 @@ def made(spec: dict[str, Any]) -> tuple[WithLoss, torch.Tensor, torch.Tensor, to
         return build(spec)
     device = torch.device(spec["device"])
     torch.manual_seed(0)
-    built, batches, loss = MODELS[spec["model"]]("medium" if device.type == "cuda" else "tiny")
+    built, batches, loss = MODELS[spec["model"]](
+        "medium" if device.type == "cuda" else "tiny", batch=spec["batch"]
+    )
     return WithLoss(built, loss).to(device), *batches(0, device), device
 
 
@@ -241,7 +243,7 @@ def main() -> None:
     parser.add_argument("--ff", type=int, default=5504)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="samples; a step that is short waits for the host")
     parser.add_argument("--small", action="store_true", help="a toy shape, to try the script on a CPU")
     parser.add_argument("--points", type=int, default=15, help="budgets of each kind, evenly below 1")
     parser.add_argument("--fractions", type=float, nargs="+", help="these budgets instead")
@@ -262,10 +264,12 @@ def main() -> None:
     args = parser.parse_args()
     device = common.pick_device(args.device)
     torch._dynamo.config.recompile_limit = 10_000
-    shape = SMALL if args.small else {name: getattr(args, name) for name in SMALL}
+    shape = (
+        SMALL if args.small else {**{name: getattr(args, name) for name in SMALL}, "batch": args.batch or 8}
+    )
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
-    spec |= {"points": args.points, "modes": args.modes, "model": args.model}
+    spec |= {"points": args.points, "modes": args.modes, "model": args.model, "batch": args.batch}
     spec |= {"fractions": args.fractions, "warm": args.warm, "share": args.share, "budgets": args.budgets}
     rows = sweep(spec, time.monotonic() + args.limit)
     if args.share:

@@ -90,21 +90,22 @@ class DeviceProfile:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-# Share of the data sheet's bandwidth that a copy reaches. Measured on the H200 only (4.0 TB/s of 4.8, where
-# bench/results/workspaces-h200.json was made); taken to be the same for the others.
+# Shares of the data sheet's rates that were reached, taken to be the same for all GPUs. A copy: measured on
+# the H200 (4.0 TB/s of 4.8, where bench/results/workspaces-h200.json was made). The matmuls of whole steps:
+# on the H100, 686 TFLOP/s of a GPT and 598 of a ViT (docs/budgets.md, from kernels' own times);
+# the H200's whole Llama step in bench/results/step_time-h200.json ran at 610, everything else included.
 _COPIED = 4.0 / 4.8
+_MULTIPLIED = 0.65
 
 
 def _gpu(name: str, terabytes_per_s: float, teraflops: float, gib: int, **more: Any) -> DeviceProfile:
     """A GPU by its data sheet: memory bandwidth, dense bfloat16 matmuls with float32 sums, memory."""
     rate = terabytes_per_s * 1e6 * _COPIED
-    return DeviceProfile(name, rate, teraflops * 1e6, memory_bytes=gib * 2**30, **more)
+    return DeviceProfile(name, rate, teraflops * 1e6 * _MULTIPLIED, memory_bytes=gib * 2**30, **more)
 
 
 # Dense bfloat16 of NVIDIA's data sheets, which state twice that "with sparsity" for all but the A100; each
-# does TF32 at half that rate. No share is taken off: an H200's whole Llama step in
-# bench/results/step_time-h200.json ran at 610 TFLOP/s, its matmuls at more than that, so what is weighed
-# against matmuls weighs less than it should. Data sheets say GB of what are GiB.
+# does TF32 at half that rate. Data sheets say GB of what are GiB.
 _PROFILES: Final = (
     # H200 SXM: nvidia.com/en-us/data-center/h200 ("4.8TB/s", "141GB", "1,979 TFLOPS" with sparsity). Its
     # context after a first matmul: bench/results/workspaces-h200.json.

@@ -170,6 +170,10 @@ class _Builder:
     def _backward_set(self) -> set[fx.Node]:
         return set(self._backward)
 
+    @cached_property
+    def _all(self) -> set[fx.Node]:
+        return set(self.model.captured.graph.nodes)
+
     def materialized(self, node: fx.Node, among: set[fx.Node]) -> bool:
         """Whether the value gets a buffer of its own when only these nodes read it."""
         known = self._materialized[among is self._backward_set]
@@ -331,9 +335,9 @@ class _Builder:
         maker, device = _maker(node), self.model.device
         if maker is not node or not compat.is_fusible(node):
             return node_us(maker, device) / max(1, len(maker.users) if maker is not node else 1)
-        size = tensor_bytes(node.meta["val"])
-        read = sum(self._bytes_read(i, node) for i in node.all_input_nodes)
-        if self.materialized(node, self._backward_set):
+        size, written = tensor_bytes(node.meta["val"]), self.materialized(node, self._backward_set)
+        read = sum(self._bytes_read(i, node, shared=written) for i in node.all_input_nodes)
+        if written:
             return device.microseconds(read + size)
         return device.microseconds(max(0, read - size) * self._kernels_reading(node))
 
@@ -344,12 +348,38 @@ class _Builder:
         chained = sum(u in self.options and self._may_rebuild(u) for u in _readers(node, early))
         return max(1, min(direct + chained, _MOST_KERNELS))
 
-    def _bytes_read(self, source: fx.Node, node: fx.Node) -> int:
-        """What an elementwise op reads of an input, from where it is or where it is computed from."""
-        direct = _elements_read(source, node)
+    def _bytes_read(self, source: fx.Node, node: fx.Node, shared: bool) -> int:
+        """What an elementwise op reads of an input, from where it is or where it is computed from.
+
+        Args:
+            shared: whether it may run in a kernel that reads the same for a derivative, at no cost.
+        """
+
+        def moved(source: fx.Node) -> int:
+            return 0 if shared and self._is_read_anyway(source) else _elements_read(source, node)
+
+        direct = moved(source)
         if not _is_op(source) or not compat.is_fusible(source) or not self._loads[source]:
             return direct
-        return min(direct, sum(_elements_read(i, node) for i in self._loads[source]))
+        return min(direct, sum(map(moved, self._loads[source])))
+
+    def _is_read_anyway(self, node: fx.Node) -> bool:
+        """Whether derivatives read the value elementwise, or something that is fused and computed from it.
+
+        GELU's reads what GELU reads, and Inductor makes one kernel of both.
+        """
+        early = self.model.classes.used_forward
+        stack, seen = [owner(node)], {owner(node)}
+        while stack:
+            for reader in _readers(stack.pop(), self._all):
+                if not _is_op(reader) or not compat.is_fusible(reader) or is_reduction(reader):
+                    continue
+                if reader not in early:
+                    return True
+                if reader not in seen and not self.materialized(reader, early):
+                    seen.add(reader)
+                    stack.append(reader)
+        return False
 
     def _unpacked(self, node: fx.Node, option: Option) -> bool:
         """Whether the decode is stored (see ``fusion.decoded_to_memory``)."""
