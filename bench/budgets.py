@@ -65,12 +65,18 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     steps: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     reference: dict[str, torch.Tensor] = {}
-    base = 0
+    smallest: dict[str, int] = {}  # by mode, where a budget was too small
+    base, began = 0, time.monotonic()
 
     def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
         nonlocal base, reference
         if share is not None and next(asked) % share[1] != share[0]:
             return
+        if budget is not None and (least := smallest.get(repr(options), 0)) > budget:
+            rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
+            return
+        if share is None:
+            print(f"{time.monotonic() - began:.0f} s: {name}", file=sys.stderr)
         if time.monotonic() > end:
             rows.append({"config": name, "failed": "not started: no time left"})
             return
@@ -91,7 +97,8 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         try:
             step()
         except InfeasibleBudgetError as error:
-            rows.append({"config": name, "budget": budget, "failed": f"smallest {error.smallest_bytes}"})
+            smallest[repr(options)] = least = error.smallest_bytes
+            rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
             return
         seconds = time.perf_counter() - start
         step()
@@ -136,6 +143,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=name, **given)
     if share is not None:
         return rows
+    print(f"{time.monotonic() - began:.0f} s: all in turns", file=sys.stderr)
     times = take_turns(steps, device, spec["steps"], burst=4)
     for row in rows:
         if row["config"] in times:
