@@ -29,7 +29,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import ciuic_compile
 from bench import common, measure
-from bench.kernel_times import profiled
+from bench.kernel_times import by_kind, profiled
 from bench.models import MODELS, WithLoss
 from bench.plot import write_curves
 from bench.step_time import SMALL, WithLossView, build, ratio, step_of, take_turns
@@ -135,7 +135,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             return rows
         peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
         budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
-        warm(spec["warm"], end, budgets)
+        warm(spec["warm"], (time.monotonic() + end) / 2, budgets)  # what it leaves undone is compiled below
     for budget in budgets:
         for mode in spec["modes"]:
             name, *options = mode.split(",")
@@ -150,8 +150,10 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             row["step_ms"] = statistics.median(times[row["config"]])
             row["ratio"] = ratio(times["inductor"], times[row["config"]])
             if device.type == "cuda":
-                row["kernels"] = profiled(steps[row["config"]], 3)
-                row["busy_ms"] = sum(ms for ms, _ in row["kernels"].values())
+                kernels = profiled(steps[row["config"]], 3)
+                row["busy_ms"] = sum(ms for ms, _ in kernels.values())
+                row["busy_by_kind"] = by_kind(kernels)
+                row |= {"kernels": kernels} if spec["kernels"] else {}
                 row["host_ms"] = host_ms(steps[row["config"]], device)
     return rows
 
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="rounds of four timed steps of each")
     parser.add_argument("--limit", type=float, default=480.0, help="seconds after which nothing is compiled")
     parser.add_argument("--warm", type=int, default=0, help="processes that compile first")
+    parser.add_argument("--kernels", action="store_true", help="write every kernel's time down, too")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--budgets", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--plot", help="PNG to write: step time over peak")
@@ -278,6 +281,7 @@ def main() -> None:
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
     spec |= {"points": args.points, "modes": args.modes, "model": args.model, "batch": args.batch}
+    spec["kernels"] = args.kernels
     spec |= {"fractions": args.fractions, "warm": args.warm, "share": args.share, "budgets": args.budgets}
     rows = sweep(spec, time.monotonic() + args.limit)
     if args.share:

@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,14 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
     return {"kernels": profiled(autocast_step, spec["steps"])}
 
 
+def by_kind(kernels: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """Milliseconds of each kind of kernel."""
+    sums = dict.fromkeys([*(k for k, _ in KINDS), "other"], 0.0)
+    for name, (ms, _) in kernels.items():
+        sums[kind(name)] += ms
+    return sums
+
+
 def profiled(step: Callable[[], None], count: int) -> dict[str, tuple[float, int]]:
     """Milliseconds that each kernel is busy in a step, the median of ``count`` steps, and its calls."""
     steps = []
@@ -85,10 +93,9 @@ def report(results: list[dict[str, Any]], top: int) -> None:
     for r in results:
         if "failed" in r:
             print(f"{r['config']}: {r['failed']}")
-    rows = []
-    for name in [*(k for k, _ in KINDS), "other", "all"]:
-        sums = (sum(t for n, (t, _) in r["kernels"].items() if name in (kind(n), "all")) for r in done)
-        rows.append([name, *(f"{s:.2f}" for s in sums)])
+    kinds = [by_kind(r["kernels"]) for r in done]
+    rows = [[name, *(f"{sums[name]:.2f}" for sums in kinds)] for name in [*(k for k, _ in KINDS), "other"]]
+    rows.append(["all", *(f"{sum(sums.values()):.2f}" for sums in kinds)])
     common.table("milliseconds a step by kind", ["", *(r["config"] for r in done)], rows)
     for r in done[1:]:
         base = done[0]["kernels"]
