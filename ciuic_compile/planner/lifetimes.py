@@ -168,6 +168,16 @@ class Lifetimes:
             self._memo[key] = Expr(0, ((p, 1),))
         return self._memo[key]
 
+    def covered(self, whole: Expr, parts: Sequence[Expr], spare: int = 0) -> None:
+        """Add ``sum(parts) >= whole + spare``, once, for what every decision keeps to."""
+        key = ("covered", whole, *parts)
+        if key in self._memo:
+            return
+        self._memo[key] = ZERO
+        terms = [*((c, -k) for c, k in whole.terms), *(t for part in parts for t in part.terms)]
+        low = whole.constant + spare - sum(part.constant for part in parts)
+        self._bound(terms, low, np.inf)
+
     def _or(self, causes: Sequence[Expr]) -> Expr:
         causes = [c for c in dict.fromkeys(causes) if c != ZERO]
         if ONE in causes:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from .lifetimes import Expr, Lifetimes, Range
-from .program import ABSENT, Decision, Problem, needs
+from .lifetimes import ONE, Expr, Lifetimes
+from .program import ABSENT, Decision, Problem
 
 #: A row takes the exact form at once if at most this many of its values have undecided lifetimes.
 _EXACT_AT_ONCE = 64
@@ -161,43 +161,22 @@ class Relaxation:
         Returns:
             whether there was anything to add.
         """
-        row = self._peaks.get(step)
+        row, open_here = self._peaks.get(step), {v for v in self.undecided if self._open_at(v, step)}
         if row is None:
-            row = self._peaks[step] = PeakRow(step)
-            open_here = [v for v in self.undecided if self._open_at(v, step)]
-            row.exact = set(open_here) if len(open_here) <= _EXACT_AT_ONCE else set()
+            exact = open_here if len(open_here) <= _EXACT_AT_ONCE else set[int]()
+            self._peaks[step] = PeakRow(step, exact)
             return True
         if decision is None:
             return False
-        first, last = needs(self.problem, decision)
-        before = len(row.exact)
         written = [self.lifetimes.write_out(v, step, decision) for v in sorted(row.exact)]
-        for v in self.undecided:
-            if last[v] >= 0 and self._open_at(v, step) and v not in row.exact:
-                static = self._bytes_if(v, decision[v], step, self.ranges[v])
-                if static != self._bytes_if(
-                    v, decision[v], step, Range(first[v], first[v], last[v], last[v])
-                ):
-                    row.exact.add(v)
-        return len(row.exact) > before or any(written)
+        more = open_here > row.exact
+        row.exact |= open_here
+        return more or any(written)
 
     def _open_at(self, v: int, step: int) -> bool:
         r = self.ranges[v]
         assert r is not None
         return r.first_min <= step <= r.first_max or r.last_min < step <= r.last_max
-
-    def _bytes_if(self, v: int, choice: int, step: int, r: Range | None) -> int:
-        """Bytes of v at a backward step that are certain under a choice, given the range of its needs."""
-        c = self.problem.candidates[v]
-        assert r is not None
-        whole = c.size if r.first_max <= step <= r.last_min else 0
-        if choice == ABSENT:
-            return 0 if c.fused or self.rebuild[v] < 0 else whole
-        store = c.stores[choice]
-        if not store.unpacked:
-            return store.nbytes if step <= r.last_min else 0
-        between = min(store.nbytes, c.size) if r.first_min < step < r.first_max and step <= r.last_min else 0
-        return (store.nbytes if step <= r.first_min else between) + whole
 
     def _peak_terms(self, row: PeakRow) -> list[tuple[int, Expr]]:
         step = row.step
@@ -212,18 +191,30 @@ class Relaxation:
         return terms
 
     def _exact_terms(self, v: int, step: int) -> list[tuple[int, Expr]]:
-        c = self.problem.candidates[v]
+        c, both, covered = self.problem.candidates[v], self.lifetimes.both, self.lifetimes.covered
         started, needed = self.lifetimes.started(v, step), self.lifetimes.needed_from(v, step)
         waiting = ~self.lifetimes.started(v, step - 1)
-        terms: list[tuple[int, Expr]] = []
-        whole = [self.rebuild[v]] if self.rebuild[v] >= 0 and not c.fused else []
-        for store, column in zip(c.stores, self.stores[v], strict=True):
-            mine = Expr(0, ((column, 1),))
-            terms.append((store.nbytes, self.lifetimes.both(mine, waiting if store.unpacked else needed)))
-            whole += [column] if store.unpacked else []
+        stores = [(s, _column(column)) for s, column in zip(c.stores, self.stores[v], strict=True)]
+        rebuilt = [_column(self.rebuild[v])] if self.rebuild[v] >= 0 else []
+        kept = [(store.nbytes, mine) for store, mine in stores if not store.unpacked]
+        encoded = [(store.nbytes, mine) for store, mine in stores if store.unpacked]
+        kept_here = [both(mine, needed) for _, mine in kept]
+        terms = [(size, here) for (size, _), here in zip(kept, kept_here, strict=True)]
+        terms += [(size, both(mine, waiting)) for size, mine in encoded]
+        whole = [*(mine for _, mine in encoded), *(rebuilt if not c.fused else [])]
+        # What is needed is stored or rebuilt: tighter than the products alone where columns are fractions. An
+        # expression that is 1 says only that the value is needed then if it is at all.
+        certain = bool(c.reads)
+        if certain or needed != ONE:
+            covered(needed, [*kept_here, *(mine for _, mine in encoded), *rebuilt])
         if whole:
-            mine = Expr(0, tuple((column, 1) for column in whole))
-            terms.append((c.size, self.lifetimes.both(mine, self.lifetimes.both(started, needed))))
+            alive = both(started, needed)
+            here = both(Expr(0, tuple(term for mine in whole for term in mine.terms)), alive)
+            terms.append((c.size, here))
+            if certain or ONE not in (started, needed):
+                covered(started, [alive, *(mine for _, mine in stores), *rebuilt, ~needed], 1)
+            if certain or alive != ONE:
+                covered(alive, [here, *(mine for _, mine in kept), *(rebuilt if c.fused else [])])
         return terms
 
     def _peak_row(self, row: PeakRow) -> tuple[list[int], list[float], float]:
@@ -266,6 +257,10 @@ class Relaxation:
             best = max(values, key=values.__getitem__, default=ABSENT)
             found.append(best if values and values[best] > absent else ABSENT)
         return tuple(found)
+
+
+def _column(column: int) -> Expr:
+    return Expr(0, ((column, 1),))
 
 
 def _scaled(coefficients: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
