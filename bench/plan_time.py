@@ -4,12 +4,18 @@
 like a Llama's (hidden 4096, 8,192 tokens, bf16), with made-up but plausible times; the gradients of the
 parameters pile up in ``base``. ``--graphs 12 48`` takes real joint graphs (GPT-2's form, d 64) and times
 all that happens to them until they are rewritten, beside torch's own partitioner: the CPU time beyond that
-is ours, and the same for each layer where planning is linear in them.
+is ours, and the same for each layer where planning is linear in them. ``--cold 48`` compiles them with empty
+caches, once with Inductor and once with each plan, for the share of planning in that.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +28,7 @@ from torch._inductor import compile_fx
 
 from bench.language import GPT, TransformerConfig
 from bench.models import WithLoss
+from ciuic_compile import plans
 from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.partitioner import CiuicPartitioner
 from ciuic_compile.planner.program import (
@@ -178,6 +185,57 @@ def graphs(layers: Sequence[int]) -> None:
             print(f"| {count} | {what} | {times} | {free / MIB:.0f} | {gap} |", flush=True)
 
 
+def cold(layers: int, options: dict[str, Any] | None) -> dict[str, float]:
+    """CPU seconds of a first step with empty caches, children included, and of partitioning."""
+    torch.manual_seed(0)
+    model = WithLoss(GPT(TransformerConfig(layers, 64, 4, 4, 256, 256, 512, 8)))
+    ids = torch.zeros(8, 512, dtype=torch.int64)
+    planning, real = [], CiuicPartitioner.__call__
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            planning.append(time.process_time() - start)
+
+    run = torch.compile(model, backend="inductor" if options is None else "ciuic", options=options)
+    before = sum(os.times()[:4])
+    with mock.patch.object(CiuicPartitioner, "__call__", timed):
+        run(ids, ids).backward()
+    plan = plans()[-1] if planning else None
+    return {
+        "seconds": sum(os.times()[:4]) - before,
+        "planning": sum(planning),
+        "rounds": len(planning),
+        "peak": plan.planned_peak_bytes if plan else 0,
+    }
+
+
+def colds(layers: Sequence[int]) -> None:
+    """Print what compiling takes with empty caches, each in a process of its own."""
+    print("| layers | plan | CPU seconds to compile | plans made | CPU seconds for them | share |")
+    print("|---|---|---|---|---|---|")
+    for count in layers:
+        own, _, _ = partitioned(count, None)
+        free = 0
+        for mode, share in ((None, None), ("lossless", None), ("lossless", 0.75), ("4:1", None)):
+            budget: dict[str, int] = {} if share is None else {"budget": int(share * free)}
+            options = None if mode is None else {"mode": mode, "report": "off", **budget}
+            with tempfile.TemporaryDirectory() as caches:
+                command = [sys.executable, __file__, "--cell", json.dumps([count, options])]
+                places = {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": caches}
+                said = subprocess.run(
+                    command, env={**os.environ, **places}, check=True, stdout=subprocess.PIPE, text=True
+                )
+            found = json.loads(said.stdout.splitlines()[-1])
+            free = found["peak"]
+            ours = found["planning"] - found["rounds"] * own
+            what = f"{mode or 'Inductor'}" + ("" if share is None else f", {share} of that peak")
+            last = f"{found['rounds']} | {ours:.1f} | {ours / found['seconds']:.1%}" if mode else "- | - | -"
+            print(f"| {count} | {what} | {found['seconds']:.0f} | {last} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -188,7 +246,15 @@ def main() -> None:
     parser.add_argument("--grads", type=float, nargs="+", default=[0.0, 0.25, 0.8])
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--graphs", type=int, nargs="+", help="real graphs of so many layers instead")
+    parser.add_argument("--cold", type=int, nargs="+", help="compile real graphs of so many layers instead")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(cold(*json.loads(options.cell))))
+        return
+    if options.cold:
+        colds(options.cold)
+        return
     if options.graphs:
         graphs(options.graphs)
         return
