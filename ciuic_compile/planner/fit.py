@@ -97,7 +97,11 @@ def fit(
         tried.append(found)
         drift = found.peaks.peak - found.evaluation.peak_bytes
         room = budget - found.peaks.peak
-        if (isinstance(solution, Infeasible) and room < 0) or 0 <= room <= _ROOM * budget:
+        if isinstance(solution, Infeasible) and room < 0:
+            break
+        # Where the program is solved to the end, so is the one that leaves room for this answer's own drift.
+        proved = found.gap > _GAP or _certified(found, budget, bounds).gap <= _GAP
+        if 0 <= room <= _ROOM * budget and proved:
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
