@@ -11,7 +11,7 @@ from ..errors import InfeasibleBudgetError
 from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
-from .search import EXACT
+from .search import EXACT, Clock
 from .solve import Infeasible, Price, Solution, prices, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
@@ -24,6 +24,8 @@ _GAP = 0.005
 _STEP = 2**30
 #: Room under the budget that is worth one more round, as a share of it.
 _ROOM = 0.02
+#: Budgets that differ by less, as a share, are one.
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def fit(
     drift = first.peaks.peak - first.evaluation.peak_bytes
     starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
+    clock = Clock(seconds)
     for share in _SHARES:
-        solution = solve(replace(problem, budget=budget - drift), seconds * share, _GAP, starts, warm)
+        within = replace(problem, budget=budget - drift)
+        solution = solve(within, seconds * share, _GAP, starts, warm, patience=clock.left())
         if not isinstance(solution, Infeasible):
             struck |= solution.struck
             bounds.append((budget - drift, solution.bound))
@@ -100,8 +104,8 @@ def fit(
         if isinstance(solution, Infeasible) and room < 0:
             break
         # Where the program is solved to the end, so is the one that leaves room for this answer's own drift.
-        proved = found.gap > _GAP or _certified(found, budget, bounds).gap <= _GAP
-        if 0 <= room <= _ROOM * budget and proved:
+        solved = any(abs(b - (budget - drift)) <= _SAME * budget for b, _ in bounds)
+        if 0 <= room <= _ROOM * budget and (solved or found.gap > _GAP):
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:

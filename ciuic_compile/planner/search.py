@@ -45,12 +45,13 @@ _HALVINGS = 6
 #: Candidates that greedy moves look at in a second: half of what two shared cores (x86-64) did.
 _WORK_PER_SECOND = 1e5
 
-#: HiGHS's seconds for an integer program, an element of its matrix, zeros included: what a transformer of 48
-#: layers took (4.1 s; a ViT of four: 2.0e-8). What exceeds a share of the allowance together is not begun.
-_SECONDS_A_CELL, _INTEGER = 2.4e-8, 0.6
+#: HiGHS's seconds for an integer program, an element of its matrix, zeros included: most that transformers of
+#: 48 layers took whose relaxation was near the best answer, and what one took where it was farther off than
+#: _NEAR. What exceeds a share of the allowance together is not begun.
+_SECONDS_A_CELL, _SECONDS_A_CELL_FAR, _NEAR, _INTEGER = 8e-9, 2.4e-8, 0.05, 0.6
 
-#: Relaxations solved of a large problem.
-_RELAXATIONS = 8
+#: Relaxations solved of a large problem, and how many in a row may bring the gap down by less than that.
+_RELAXATIONS, _IDLE, _PROGRESS = 8, 2, 1e-3
 
 #: Peak rows added at a time.
 _ROWS = 12
@@ -82,7 +83,9 @@ class Search:
         metric: "any" stops at the first decision within the limits.
         gap: relative gap at which to stop.
         starts: decisions that the answer is no worse than.
+        seconds: what is tried is counted in work, as much as should fit in them.
         warm: where greedy moves begin; by default at the cheapest choices, whatever they take.
+        patience: seconds after which the clock ends it, if more than those.
 
     Attributes:
         best: the best decision within the limits so far, with its evaluation.
@@ -99,9 +102,10 @@ class Search:
         gap: float,
         starts: Sequence[Decision] = (),
         warm: Decision | None = None,
+        patience: float = 0.0,
     ) -> None:
         self.problem, self.metric, self.starts, self.warm = problem, metric, starts, warm
-        self.clock, self.allowed = Clock(seconds), seconds
+        self.clock, self.allowed = Clock(max(seconds, patience)), seconds
         self.struck = False
         self.expected = 0.0
         self.target = max(gap, EXACT)
@@ -348,7 +352,8 @@ class Search:
         """Whether an integer program of this size is likely to end in time; no clock is asked."""
         if self.relaxation.binaries <= _SMALL:
             return True
-        self.expected += _SECONDS_A_CELL * shape[0] * shape[1]
+        seconds = _SECONDS_A_CELL if self.gap() <= _NEAR else _SECONDS_A_CELL_FAR
+        self.expected += seconds * shape[0] * shape[1]
         return self.expected <= _INTEGER * self.allowed
 
     def _learn(self, status: int, dual: float | None, scale: float, ties: float) -> None:
@@ -409,9 +414,14 @@ class Search:
 
     def _large(self) -> None:
         """Relaxations, whose answers are rounded and mended, before any integer program."""
+        idle, gap = 0, 1.0
         for _ in range(_RELAXATIONS):
             if self._late() or self._round(linear=True) is None or self.infeasible:
                 return
+            idle = idle + 1 if gap - self.gap() < _PROGRESS else 0
+            if idle == _IDLE and self.best is not None:
+                return
+            gap = self.gap()
 
 
 def _worst(live: NDArray[np.int64] | Floats, limit: float) -> list[int]:

@@ -110,6 +110,7 @@ def solve(
     gap: float = 0.005,
     starts: Sequence[Decision] = (),
     warm: Decision | None = None,
+    patience: float = 0.0,
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
@@ -121,8 +122,9 @@ def solve(
         gap: relative distance to the optimum that is good enough; 0.0 asks for the optimum.
         starts: decisions known to be good; the answer is no worse than those within the limits.
         warm: the answer to a problem like this one, to go on from.
+        patience: seconds that a slow machine may take for what should fit in the deadline.
     """
-    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm)
+    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm, patience * _FIRST)
     search.run()
     found = _solution(search)
     if found is not None:

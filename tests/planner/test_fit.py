@@ -52,6 +52,25 @@ def test_the_gap_is_that_of_the_budget_that_the_judge_leaves() -> None:
     assert found.gap == pytest.approx(1 - found.bound / found.evaluation.cost, abs=1e-6)
 
 
+def test_an_answer_whose_own_drift_leaves_room_is_not_the_last() -> None:
+    """Keeping everything drifts by 20 bytes, so 1180 are solved for first; the answer drifts by none."""
+    sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (19, 1.0)]
+    values = [
+        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
+        for i, (size, us) in enumerate(sizes)
+    ]
+    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    every, none = (0,) * 4, (ABSENT,) * 4
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes + 20 * (decision == every))
+
+    formulation: Any = Plain(problem)
+    found = fit(formulation, 1200, none, (every, judge(every, None)), judge, 10.0)
+    assert found.decision == (0, 0, 0, ABSENT)  # of 1180, the third would be rebuilt: 5 us
+    assert (found.peaks.peak, found.evaluation.cost, found.gap) == (1200, 1.0, 0.0)
+
+
 def test_time_that_runs_out_between_two_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     value = Candidate("v", 10, 0, 0, (1,), (Store(10),), Rebuild(1.0))
     search = Search(Problem(1, (0, 0), (value,), budget=15), "cost", 100.0, 0.0)
