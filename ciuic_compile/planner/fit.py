@@ -110,7 +110,8 @@ def fit(
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
         best = _certified(min(fitting, key=lambda f: f.evaluation.cost), budget, bounds)
-        limited = replace(problem, budget=max(budget - drift, best.evaluation.peak_bytes))
+        own = best.peaks.peak - best.evaluation.peak_bytes
+        limited = replace(problem, budget=max(budget - own, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _SHARES[-1], _GAP)
         return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.

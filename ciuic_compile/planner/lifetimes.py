@@ -170,7 +170,7 @@ class Lifetimes:
 
     def covered(self, whole: Expr, parts: Sequence[Expr], spare: int = 0) -> None:
         """Add ``sum(parts) >= whole + spare``, once, for what every decision keeps to."""
-        key = ("covered", whole, *parts)
+        key = ("covered", spare, whole, *parts)
         if key in self._memo:
             return
         self._memo[key] = ZERO
