@@ -85,7 +85,7 @@ def fit(
     drift = first.peaks.peak - first.evaluation.peak_bytes
     starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
-    clock = Clock(seconds)
+    clock = Clock(seconds * sum(_SHARES))
     for share in _SHARES:
         within = replace(problem, budget=budget - drift)
         solution = solve(within, seconds * share, _GAP, starts, warm, patience=clock.left())
@@ -103,9 +103,11 @@ def fit(
         room = budget - found.peaks.peak
         if isinstance(solution, Infeasible) and room < 0:
             break
-        # Where the program is solved to the end, so is the one that leaves room for this answer's own drift.
-        solved = any(abs(b - (budget - drift)) <= _SAME * budget for b, _ in bounds)
-        if 0 <= room <= _ROOM * budget and (solved or found.gap > _GAP):
+        # The bound must be of a program that leaves room for this answer's own drift; where programs are
+        # solved to the end, it is that one's.
+        slack = [b - (budget - drift) for b, _ in bounds if b >= budget - drift]
+        proved = bool(slack) and (found.gap > _GAP or min(slack) <= _SAME * budget)
+        if 0 <= room <= _ROOM * budget and proved:
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
@@ -132,9 +134,9 @@ def _certified(found: Fit, budget: int, bounds: Sequence[tuple[int, float]]) -> 
     room = budget - (found.peaks.peak - found.evaluation.peak_bytes)
     holding = [bound for within, bound in bounds if within >= room]
     cost = found.evaluation.cost
-    if not holding or cost <= 0:
+    if cost <= 0:
         return found
-    bound = min(max(holding), cost)
+    bound = min(max(holding, default=0.0), cost)
     gap = (cost - bound) / cost
     return replace(found, bound=bound, gap=gap if gap > EXACT else 0.0)
 

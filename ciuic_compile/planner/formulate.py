@@ -336,7 +336,7 @@ class _Builder:
         if maker is not node or not compat.is_fusible(node):
             return node_us(maker, device) / max(1, len(maker.users) if maker is not node else 1)
         size, written = tensor_bytes(node.meta["val"]), self.materialized(node, self._backward_set)
-        read = sum(self._bytes_read(i, node, shared=written) for i in node.all_input_nodes)
+        read = self._bytes_read(node, shared=written and not self._gives_gradients(node))
         if written:
             return device.microseconds(read + size)
         return device.microseconds(max(0, read - size) * self._kernels_reading(node))
@@ -348,8 +348,8 @@ class _Builder:
         chained = sum(u in self.options and self._may_rebuild(u) for u in _readers(node, early))
         return max(1, min(direct + chained, _MOST_KERNELS))
 
-    def _bytes_read(self, source: fx.Node, node: fx.Node, shared: bool) -> int:
-        """What an elementwise op reads of an input, from where it is or where it is computed from.
+    def _bytes_read(self, node: fx.Node, shared: bool) -> int:
+        """What an elementwise op reads: each input, or what that is computed from, and nothing twice.
 
         Args:
             shared: whether it may run in a kernel that reads the same for a derivative, at no cost.
@@ -358,10 +358,19 @@ class _Builder:
         def moved(source: fx.Node) -> int:
             return 0 if shared and self._is_read_anyway(source) else _elements_read(source, node)
 
-        direct = moved(source)
-        if not _is_op(source) or not compat.is_fusible(source) or not self._loads[source]:
-            return direct
-        return min(direct, sum(map(moved, self._loads[source])))
+        found: dict[fx.Node, int] = {}
+        for source in node.all_input_nodes:
+            way = {source: moved(source)}
+            if _is_op(source) and compat.is_fusible(source) and self._loads[source]:
+                behind = {i: moved(i) for i in self._loads[source]}
+                way = behind if sum(behind.values()) <= sum(way.values()) else way
+            found |= way
+        return sum(found.values())
+
+    def _gives_gradients(self, node: fx.Node) -> bool:
+        """Whether a convolution's or an attention's backward reads the value: derivatives come after it."""
+        readers = _readers(node, self._backward_set)
+        return any(is_external(u) and isinstance(u.meta.get("val"), (tuple, list)) for u in readers)
 
     def _is_read_anyway(self, node: fx.Node) -> bool:
         """Whether derivatives read the value elementwise, or something that is fused and computed from it.

@@ -129,14 +129,14 @@ def solve(
     found = _solution(search)
     if found is not None:
         return found
-    left = max(deadline_s - search.clock.elapsed(), 0.1 * deadline_s)
+    left = max(deadline_s - search.clock.elapsed(), (1 - _FIRST) * deadline_s)
     if problem.budget is not None:
         peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap, starts)
         if peak is not None and peak.peak_bytes <= problem.budget:
             assert infeasible.decision is not None
             again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
             again.seed()
-            again.bound = search.bound
+            again.bound = 0.0 if search.infeasible else search.bound  # a proof that this one refutes
             found = _solution(again)
             assert found is not None
             return replace(found, rounds=search.rounds + infeasible.rounds, struck=search.struck)

@@ -189,6 +189,18 @@ def test_what_a_derivative_reads_anyway_is_not_read_again_for_a_rebuild() -> Non
     assert cost == {"gelu": pytest.approx(1), "add": pytest.approx(2)}
 
 
+def test_a_derivative_behind_what_reads_the_value_shares_no_kernel_with_its_rebuild() -> None:
+    """A convolution's backward reads GELU's output and makes the gradient that GELU's derivative takes."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3))
+    found = stage(model, torch.randn(2, 4, 12, 12), mode="lossless")
+    size = 2 * 8 * 10 * 10 * 4
+    (again,) = (
+        c.rebuild for c in formulated(found).problem.candidates
+        if c.rebuild is not None and c.size == size and not c.name.startswith("convolution")
+    )  # fmt: skip
+    assert again.time_us * found.model.device.bytes_per_us / size == pytest.approx(2)
+
+
 class Added(nn.Module):
     """Adds a constant that no gradient asks for."""
 

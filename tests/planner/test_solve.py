@@ -296,3 +296,23 @@ def test_hash_seeds_change_nothing() -> None:
         )
         seen.add(result.stdout.strip().splitlines()[-1])
     assert len(seen) == 1
+
+
+def test_a_wrong_proof_of_the_solver_is_no_bound() -> None:
+    """HiGHS's presolve calls this feasible program infeasible; the search for the least peak refutes it."""
+    s, c = Store, Candidate
+    candidates = (
+        c("v0", 16000000, 2, 3, (), (s(8000000, 0.04, 1e-4, "int8"),), Rebuild(0.0)),
+        c("v1", 6000000, 2, 3, (), (s(6000000),), Rebuild(3.9, (0,)), True),
+        c("v2", 7778242, 0, 0, (), (), Rebuild(0.87, (0, 1)), True),
+        c("v3", 7000000, 2, 2, (), (), Rebuild(3.6, (0, 2)), True),
+        c(
+            "v4", 17107136, 2, 2, (5,),
+            (s(17107136), s(8553568, 0.0, 1e-4, "int8"), s(8553568, 0.014, 0.56, "int4")),
+            Rebuild(3.9, (2, 3)), True,
+        ),
+    )  # fmt: skip
+    base = (0, 0, 6000000, 0, 107770756, 107770756, 107770756)
+    found = solve(Problem(4, base, candidates, budget=116324323), gap=0.0)
+    assert isinstance(found, Solution) and found.evaluation.feasible
+    assert found.bound <= found.evaluation.cost
