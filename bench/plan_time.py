@@ -128,12 +128,17 @@ class _Done(Exception):
     """Raised once the graphs are partitioned: nothing is lowered."""
 
 
+def deep(layers: int) -> tuple[WithLoss, torch.Tensor]:
+    """GPT-2's form with d 64, and 8 x 512 tokens that are inputs and targets."""
+    torch.manual_seed(0)
+    model = WithLoss(GPT(TransformerConfig(layers, 64, 4, 4, 256, 256, 512, 8)))
+    return model, torch.zeros(8, 512, dtype=torch.int64)
+
+
 def partitioned(layers: int, options: dict[str, Any] | None) -> tuple[float, Plan | None, str]:
     """CPU seconds of partitioning (None: torch's own), the plan, and why there is none."""
 
-    torch.manual_seed(0)
-    model = WithLoss(GPT(TransformerConfig(layers, 64, 4, 4, 256, 256, 512, 8)))
-    ids = torch.zeros(8, 512, dtype=torch.int64)
+    model, ids = deep(layers)
     seconds, plans, why = [], list[Plan | None](), ""
     ours = options is not None
     place, name = (
@@ -187,9 +192,7 @@ def graphs(layers: Sequence[int]) -> None:
 
 def cold(layers: int, options: dict[str, Any] | None) -> dict[str, float]:
     """CPU seconds of a first step with empty caches, children included, and of partitioning."""
-    torch.manual_seed(0)
-    model = WithLoss(GPT(TransformerConfig(layers, 64, 4, 4, 256, 256, 512, 8)))
-    ids = torch.zeros(8, 512, dtype=torch.int64)
+    model, ids = deep(layers)
     planning, real = [], CiuicPartitioner.__call__
 
     def timed(*args: Any, **kwargs: Any) -> Any:

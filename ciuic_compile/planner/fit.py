@@ -50,6 +50,11 @@ class Fit:
     struck: bool = False
     price: Price | None = None
 
+    @property
+    def drift(self) -> int:
+        """Bytes by which the rewritten graphs' peak is above the program's."""
+        return self.peaks.peak - self.evaluation.peak_bytes
+
 
 def fit(
     formulation: Formulation,
@@ -82,7 +87,7 @@ def fit(
         return Fit(saved, codecs, peaks or judge(saved, codecs), decision, evaluate(problem, decision))
 
     first = judged(*judged_before)
-    drift = first.peaks.peak - first.evaluation.peak_bytes
+    drift = first.drift
     starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
     clock = Clock(seconds * sum(_SHARES))
@@ -99,7 +104,7 @@ def fit(
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
-        drift = found.peaks.peak - found.evaluation.peak_bytes
+        drift = found.drift
         room = budget - found.peaks.peak
         if isinstance(solution, Infeasible) and room < 0:
             break
@@ -112,8 +117,7 @@ def fit(
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
     if fitting:
         best = _certified(min(fitting, key=lambda f: f.evaluation.cost), budget, bounds)
-        own = best.peaks.peak - best.evaluation.peak_bytes
-        limited = replace(problem, budget=max(budget - own, best.evaluation.peak_bytes))
+        limited = replace(problem, budget=max(budget - best.drift, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _SHARES[-1], _GAP)
         return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
@@ -131,7 +135,7 @@ def _certified(found: Fit, budget: int, bounds: Sequence[tuple[int, float]]) -> 
 
     The round that found it may have had a tighter one, whose bound is too high for what the judge allows.
     """
-    room = budget - (found.peaks.peak - found.evaluation.peak_bytes)
+    room = budget - found.drift
     holding = [bound for within, bound in bounds if within >= room]
     cost = found.evaluation.cost
     if cost <= 0:
