@@ -12,7 +12,7 @@ from ..simulate import Peaks
 from .formulate import Formulation
 from .program import Decision, Evaluation, Problem, evaluate
 from .search import EXACT, Clock
-from .solve import Infeasible, Price, Solution, prices, solve
+from .solve import Bound, Infeasible, Price, Solution, prices, solve
 
 #: Peaks when these nodes are saved, with these codecs, in the rewritten graphs.
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
@@ -24,8 +24,8 @@ _GAP = 0.005
 _STEP = 2**30
 #: Room under the budget that is worth one more round, as a share of it.
 _ROOM = 0.02
-#: Budgets that differ by less, as a share, are one.
-_SAME = 1e-4
+#: By how much the gap to a plan's certificate may be wider than its program's, where that is over _GAP.
+_WIDER = 0.01
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,15 @@ def fit(
     first = judged(*judged_before)
     drift = first.drift
     starts, tried, warm, struck = [start, first.decision], [first], None, False
-    bounds: list[tuple[int, float]] = []  # budgets solved for, and what nothing within undercuts
+    bounds: list[Bound] = []
+    enough = 0.0
     clock = Clock(seconds * sum(_SHARES))
     for share in _SHARES:
         within = replace(problem, budget=budget - drift)
-        solution = solve(within, seconds * share, _GAP, starts, warm, patience=clock.left())
+        solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
             struck |= solution.struck
-            bounds.append((budget - drift, solution.bound))
+            bounds += solution.bounds
         if solution.decision is None or solution.decision in starts:
             break
         starts.append(warm := solution.decision)
@@ -108,10 +109,9 @@ def fit(
         room = budget - found.peaks.peak
         if isinstance(solution, Infeasible) and room < 0:
             break
-        # The bound must be of a program that leaves room for this answer's own drift; where programs are
-        # solved to the end, it is that one's.
-        slack = [b - (budget - drift) for b, _ in bounds if b >= budget - drift]
-        proved = bool(slack) and (found.gap > _GAP or min(slack) <= _SAME * budget)
+        # The bound must be of a program that leaves room for this answer's own drift.
+        enough = found.gap + _WIDER if found.gap > _GAP else _GAP
+        proved = _certified(found, budget, bounds).gap <= enough
         if 0 <= room <= _ROOM * budget and proved:
             break
     fitting = [f for f in tried if f.peaks.peak <= budget and _keeps_limits(problem, f.evaluation)]
@@ -130,17 +130,15 @@ def fit(
     raise _infeasible(formulation, budget, least.peaks.peak, certificate)
 
 
-def _certified(found: Fit, budget: int, bounds: Sequence[tuple[int, float]]) -> Fit:
-    """With the bound of the budget that its own drift leaves, where that (or more) was solved as well.
+def _certified(found: Fit, budget: int, bounds: Sequence[Bound]) -> Fit:
+    """With what was proved about the budget that its own drift leaves.
 
     The round that found it may have had a tighter one, whose bound is too high for what the judge allows.
     """
-    room = budget - found.drift
-    holding = [bound for within, bound in bounds if within >= room]
     cost = found.evaluation.cost
     if cost <= 0:
         return found
-    bound = min(max(holding, default=0.0), cost)
+    bound = min(max((b.at(budget - found.drift) for b in bounds), default=0.0), cost)
     gap = (cost - bound) / cost
     return replace(found, bound=bound, gap=gap if gap > EXACT else 0.0)
 

@@ -163,6 +163,11 @@ class Problem:
         """Forward and backward steps."""
         return len(self.base)
 
+    @property
+    def choices(self) -> int:
+        """Stores and rebuilds of all candidates."""
+        return sum(len(c.stores) + (c.rebuild is not None) for c in self.candidates)
+
     def cost(self, time_us: float, variance: float) -> float:
         """What is minimised."""
         return self.time_weight * time_us + self.variance_weight * variance

@@ -8,7 +8,8 @@ disagrees, the exact product replaces them. Every stage is a relaxation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,33 @@ from scipy.sparse import csr_array
 from .lifetimes import ONE, Expr, Lifetimes
 from .program import ABSENT, Decision, Problem
 
+Floats = NDArray[np.float64]
+
 #: A row takes the exact form at once if at most this many of its values have undecided lifetimes.
 _EXACT_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Summands of a row, ``bytes * expression`` each: the expressions' columns lie one after the other."""
+
+    nbytes: Floats
+    constants: Floats
+    counts: NDArray[np.int64]
+    columns: NDArray[np.int32]
+    factors: Floats
+
+    @classmethod
+    def of(cls, terms: Sequence[tuple[int, Expr]]) -> Terms:
+        """The terms of these summands."""
+        every = [term for _, expression in terms for term in expression.terms]
+        return cls(
+            np.array([size for size, _ in terms], dtype=float),
+            np.array([e.constant for _, e in terms], dtype=float),
+            np.array([len(e.terms) for _, e in terms], dtype=np.int64),
+            np.array([column for column, _ in every], dtype=np.int32),
+            np.array([factor for _, factor in every], dtype=float),
+        )
 
 
 @dataclass
@@ -28,19 +54,48 @@ class PeakRow:
 
     step: int
     exact: set[int] = field(default_factory=set)  # candidates whose exact terms it has
+    terms: Terms | None = None  # as long as ``exact`` is what it was
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``low <= matrix @ columns <= high``."""
+    """``low <= matrix @ columns <= high``.
+
+    Attributes:
+        a_byte: by how much a byte more of budget raises each row's ``high``.
+    """
 
     matrix: csr_array
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
+    low: Floats
+    high: Floats
+    a_byte: Floats
+
+
+class Table:
+    """Rows added one by one, laid out as ``scipy.sparse`` wants them."""
+
+    def __init__(self) -> None:
+        self.columns, self.values, self.starts = array("i"), array("d"), array("i", [0])
+        self.low, self.high = array("d"), array("d")
+
+    def add(self, terms: Mapping[int, float], low: float, high: float) -> None:
+        """Add ``low <= terms <= high``."""
+        self.columns.extend(terms)
+        self.values.extend(terms.values())
+        self.close(low, high)
+
+    def close(self, low: float, high: float) -> None:
+        """End a row whose columns and values are there."""
+        self.starts.append(len(self.columns))
+        self.low.append(low)
+        self.high.append(high)
+
+    def __len__(self) -> int:
+        return len(self.low)
 
 
 class Relaxation:
-    """Columns, structural rows and the peak rows added so far.
+    """Columns, structural rows and the peak rows added so far. Its rows hold under any budget.
 
     Args:
         minimise_peak: the budget is a column (``peak_column``, in units of ``unit`` bytes), not a limit.
@@ -59,7 +114,7 @@ class Relaxation:
         self.columns = self.binaries
         self.unit = unit
         self.peak_column = self._auxiliary() if minimise_peak else -1
-        self._rows: list[tuple[Sequence[int], Sequence[float], float, float]] = []
+        self._table = Table()
         self._peaks: dict[int, PeakRow] = {}
         self.lifetimes = Lifetimes(problem, self.rebuild, self._auxiliary, self._bound)
         self.ranges = self.lifetimes.ranges
@@ -79,7 +134,7 @@ class Relaxation:
         total: dict[int, float] = {}
         for column, k in terms:
             total[column] = total.get(column, 0.0) + k
-        self._rows.append((list(total), list(total.values()), low, high))
+        self._table.add(total, low, high)
 
     def _bound(self, terms: Sequence[tuple[int, int]], low: float, high: float) -> None:
         self._row([(column, float(k)) for column, k in terms], low, high)
@@ -97,16 +152,6 @@ class Relaxation:
                 self._row([*mine, (self.rebuild[w], -1.0)], 0.0, np.inf)
             if not c.reads and mine:  # what nothing needs is dropped: no optimum does otherwise
                 self._row([*mine, *((self.rebuild[w], -1.0) for w in readers)], -np.inf, 0.0)
-
-    def limit(self, coefficients: NDArray[np.float64], bound: float) -> None:
-        """Add ``coefficients @ binaries <= bound`` (both not negative), scaled to a right side of 1."""
-        scaled = _scaled(coefficients, bound)
-        used = np.flatnonzero(scaled)
-        self._rows.append((used.tolist(), scaled[used].tolist(), -np.inf, 1.0 if bound > 0 else 0.0))
-
-    def forbid(self, ones: Sequence[int], zeros: Sequence[int] = ()) -> None:
-        """Cut off every point in which all of ``ones`` are 1 and all of ``zeros`` are 0."""
-        self._row([*((c, 1.0) for c in ones), *((c, -1.0) for c in zeros)], -np.inf, len(ones) - 1.0)
 
     # -- what is alive whatever the undecided needs are
 
@@ -146,12 +191,24 @@ class Relaxation:
         self._term_start, self._term_end = table[:, 2], table[:, 3]
         self.constant = np.asarray(problem.base, dtype=np.int64) + np.cumsum(constant[:-1])
 
-    def static_bytes(self, step: int) -> NDArray[np.float64]:
+    def static_bytes(self, step: int) -> Floats:
         """Bytes of each 0/1 column at one step, undecided needs left out."""
         here = (self._term_start <= step) & (step <= self._term_end)
-        found: NDArray[np.float64] = np.zeros(self.binaries)
+        found: Floats = np.zeros(self.binaries)
         np.add.at(found, self._term_column[here], self._term_bytes[here])
         return found
+
+    def static_live(self, x: Floats) -> Floats:
+        """Bytes at each step where columns are fractions, undecided needs left out."""
+        change = np.zeros(len(self.constant) + 1)
+        taken = self._term_bytes * x[self._term_column]
+        np.add.at(change, self._term_start, taken)
+        np.add.at(change, self._term_end + 1, -taken)
+        return np.asarray(self.constant + np.cumsum(change[:-1]), dtype=np.float64)
+
+    def lacking(self, steps: Iterable[int]) -> list[int]:
+        """Those of these steps that have no row."""
+        return [t for t in steps if t not in self._peaks]
 
     # -- peak rows
 
@@ -170,7 +227,8 @@ class Relaxation:
             return False
         written = [self.lifetimes.write_out(v, step, decision) for v in sorted(row.exact)]
         more = open_here > row.exact
-        row.exact |= open_here
+        if more:
+            row.exact, row.terms = row.exact | open_here, None
         return more or any(written)
 
     def _open_at(self, v: int, step: int) -> bool:
@@ -217,38 +275,49 @@ class Relaxation:
                 covered(alive, [here, *(mine for _, mine in kept), *(rebuilt if c.fused else [])])
         return terms
 
-    def _peak_row(self, row: PeakRow) -> tuple[list[int], list[float], float]:
+    def _peak_row(self, row: PeakRow, budget: int | None, table: Table) -> float:
+        """Write a row down; by how much a byte more of budget raises its ``high``."""
         constant = int(self.constant[row.step])
-        terms = self._peak_terms(row)
-        total: dict[int, float] = {}
+        if row.terms is None:
+            row.terms = Terms.of(self._peak_terms(row))
+        terms = row.terms
         if self.peak_column >= 0:
-            scale, high = 1.0 / self.unit, -constant / self.unit
-            total[self.peak_column] = -1.0
-            clip = np.inf
+            scale, high, clip = 1.0 / self.unit, -constant / self.unit, np.inf
+            table.columns.append(self.peak_column)
+            table.values.append(-1.0)
         else:
-            assert self.problem.budget is not None
-            room = self.problem.budget - constant
+            assert budget is not None
+            room = budget - constant
             scale, high = (1.0 / room, 1.0) if room > 0 else (1.0, min(room, 0.0))
             clip = 2.0 if room > 0 else 1.0  # what does not fit alone needs no huge coefficient
-        for size, expression in terms:
-            k = min(size * scale, clip)
-            high -= k * expression.constant
-            for column, factor in expression.terms:
-                total[column] = total.get(column, 0.0) + k * factor
-        return list(total), list(total.values()), high
+        k = np.minimum(terms.nbytes * scale, clip)
+        table.columns.frombytes(terms.columns.tobytes())
+        table.values.frombytes((np.repeat(k, terms.counts) * terms.factors).tobytes())
+        table.close(-np.inf, high - float(k @ terms.constants))
+        return scale
 
-    def rows(self) -> Rows:
-        """All rows so far."""
-        peaks = [self._peak_row(row) for row in self._peaks.values()]  # may add auxiliary columns and rows
-        every = [*self._rows, *((c, k, -np.inf, high) for c, k, high in peaks)]
-        counts = [len(c) for c, _, _, _ in every]
-        indices = np.fromiter((c for cs, _, _, _ in every for c in cs), dtype=np.int32, count=sum(counts))
-        values = np.fromiter((k for _, ks, _, _ in every for k in ks), dtype=float, count=sum(counts))
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        matrix = csr_array((values, indices, starts), shape=(len(every), self.columns))
-        return Rows(matrix, np.array([r[2] for r in every]), np.array([r[3] for r in every]))
+    def rows(self, budget: int | None, more: Table | None = None) -> Rows:
+        """All rows so far, under a budget, and some more."""
+        for row in self._peaks.values():  # may add auxiliary columns and rows
+            row.terms = row.terms or Terms.of(self._peak_terms(row))
+        peaks, rest = Table(), more or Table()
+        scales = [self._peak_row(row, budget, peaks) for row in self._peaks.values()]
+        every = (self._table, rest, peaks)
+        starts, offset = [np.zeros(1, dtype=np.int32)], 0
+        for table in every:
+            starts.append(np.array(table.starts[1:], dtype=np.int32) + offset)
+            offset += len(table.columns)
+        data = np.concatenate([np.array(t.values) for t in every])
+        indices = np.concatenate([np.array(t.columns, dtype=np.int32) for t in every])
+        shape = (sum(map(len, every)), self.columns)
+        matrix = csr_array((data, indices, np.concatenate(starts)), shape=shape)
+        matrix.sum_duplicates()
+        low, high = (np.concatenate([np.array(getattr(t, side)) for t in every]) for side in ("low", "high"))
+        a_byte = np.zeros(shape[0])
+        a_byte[shape[0] - len(peaks) :] = scales
+        return Rows(matrix, low, high, a_byte)
 
-    def decision(self, x: NDArray[np.float64]) -> Decision:
+    def decision(self, x: Floats) -> Decision:
         """The choice with the largest column of each candidate."""
         found = []
         for v in range(len(self.problem.candidates)):
@@ -261,9 +330,3 @@ class Relaxation:
 
 def _column(column: int) -> Expr:
     return Expr(0, ((column, 1),))
-
-
-def _scaled(coefficients: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
-    if bound <= 0:
-        return (coefficients > 0).astype(float)
-    return np.minimum(coefficients / bound, 2.0)

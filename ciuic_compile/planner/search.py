@@ -9,16 +9,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from math import fsum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint
 
 from .descent import ALL, GROUPS, SINGLES, Effort, descend
-from .highs import quiet_milp
+from .highs import quiet_milp, relaxed
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, tidy
-from .relaxation import Relaxation
+from .relaxation import Relaxation, Rows, Table
 
 Metric = Literal["cost", "peak", "saved", "variance", "any"]
 Floats = NDArray[np.float64]
@@ -45,13 +45,12 @@ _HALVINGS = 6
 #: Candidates that greedy moves look at in a second: half of what two shared cores (x86-64) did.
 _WORK_PER_SECOND = 1e5
 
-#: HiGHS's seconds for an integer program, an element of its matrix, zeros included: most that transformers of
-#: 48 layers took whose relaxation was near the best answer, and what one took where it was farther off than
-#: _NEAR. What exceeds a share of the allowance together is not begun.
-_SECONDS_A_CELL, _SECONDS_A_CELL_FAR, _NEAR, _INTEGER = 8e-9, 2.4e-8, 0.05, 0.6
+#: HiGHS's seconds for the root of a large integer program, an element of its matrix, zeros included, as
+#: transformers of 48 layers took; nodes that take as long again; the share of the time that may go into both.
+_SECONDS_A_CELL, _NODES, _INTEGER = 1.2e-8, 50, 0.05
 
-#: Relaxations solved of a large problem, and how many in a row may bring the gap down by less than that.
-_RELAXATIONS, _IDLE, _PROGRESS = 8, 2, 1e-3
+#: Relaxations solved of a large problem, and by how much one must bring the gap down for another.
+_RELAXATIONS, _PROGRESS = 8, 1e-3
 
 #: Peak rows added at a time.
 _ROWS = 12
@@ -86,10 +85,13 @@ class Search:
         seconds: what is tried is counted in work, as much as should fit in them.
         warm: where greedy moves begin; by default at the cheapest choices, whatever they take.
         patience: seconds after which the clock ends it, if more than those.
+        bound: what is known before.
 
     Attributes:
         best: the best decision within the limits so far, with its evaluation.
         bound: no such decision has a smaller measure.
+        slopes: bounds, by how much each falls at most with every byte more of budget, and the best measure
+            then, which they never exceed.
         infeasible: there is none, proved.
         struck: the deadline ended something; another run may find something else.
     """
@@ -103,14 +105,17 @@ class Search:
         starts: Sequence[Decision] = (),
         warm: Decision | None = None,
         patience: float = 0.0,
+        bound: float = 0.0,
     ) -> None:
         self.problem, self.metric, self.starts, self.warm = problem, metric, starts, warm
+        self.more = Table()
         self.clock, self.allowed = Clock(max(seconds, patience)), seconds
         self.struck = False
         self.expected = 0.0
         self.target = max(gap, EXACT)
         self.best: tuple[Decision, Evaluation] | None = None
-        self.bound = 0.0
+        self.bound = bound
+        self.slopes: list[tuple[float, float, float]] = []
         self.infeasible = False
         self.rounds = 0
 
@@ -131,13 +136,18 @@ class Search:
         value = self.value(self.best[1])
         return max(0.0, (value - self.bound) / value) if value > 0 else 0.0
 
-    def run(self) -> None:
-        """Search until the gap is closed, nothing can be found, or time is up."""
+    def run(self, enough: float = 0.0) -> None:
+        """Search until the gap is closed, nothing can be found, or time is up.
+
+        Args:
+            enough: a gap that is good enough for what greedy moves find in a large problem.
+        """
         self.seed()
-        if self._done_early():
+        large = self.problem.choices > _SMALL
+        if self._done_early() or (large and self.gap() <= enough):
             return
         self._build()
-        if self.relaxation.binaries > _SMALL:
+        if large:
             self._large()
             if self.best is not None and EXACT < self.target >= self.gap():
                 return
@@ -171,22 +181,23 @@ class Search:
         """Decisions that need no solver: the cheapest and the smallest choices."""
         for decision in self.starts:
             self.offer(decision)
-        cheap, small, rebuilt = [], [], []
+        cheap, small, rebuilt = [], [], list[int]()
         for c in self.problem.candidates:
             order = range(len(c.stores))
             cost = [self.problem.cost(s.time_us, s.variance) for s in c.stores]
             cheap.append(min(order, key=lambda k: (cost[k], c.stores[k].nbytes), default=ABSENT))
             small.append(min(order, key=lambda k: (c.stores[k].nbytes, cost[k]), default=ABSENT))
             rebuilt.append(ABSENT if c.rebuild else small[-1])
-        for choices in (cheap, small, rebuilt):
-            self.offer(tuple(choices))
-        if self.clock.over() or evaluate(self.problem, cheap).missing:
+        self.cheapest = tuple(cheap)
+        for choices in (self.cheapest, tuple(small), tuple(rebuilt)):
+            self.offer(choices)
+        if self.clock.over() or evaluate(self.problem, self.cheapest).missing:
             return
         if self.warm is not None and self.metric == "cost":
             near = descend(self.problem, self.warm, self._effort(_GREEDY), SINGLES)
             if self.offer(near).feasible:
                 return
-        self._descend(self.best[0] if self.best and self.metric == "peak" else tuple(cheap))
+        self._descend(self.best[0] if self.best and self.metric == "peak" else self.cheapest)
 
     def _descend(self, start: Decision) -> None:
         """What greedy moves find; for the smallest peak, under one budget after the other."""
@@ -250,14 +261,24 @@ class Search:
         if problem.max_saved is not None:
             room = problem.max_saved - problem.fixed_saved
             self.infeasible |= room < 0
-            relaxation.limit(self.saved, float(max(room, 0)))
+            self._limit(self.saved, float(max(room, 0)))
         if problem.max_variance is not None:
             self.infeasible |= problem.max_variance < 0
-            relaxation.limit(self.variance, max(problem.max_variance, 0.0))
+            self._limit(self.variance, max(problem.max_variance, 0.0))
         if problem.budget is not None and relaxation.constant.size:
             self.infeasible |= bool(relaxation.constant.max() > problem.budget)
         if peak and relaxation.constant.size:
             relaxation.add_peak(int(relaxation.constant.argmax()))
+
+    def _limit(self, coefficients: Floats, bound: float) -> None:
+        """Add ``coefficients @ binaries <= bound`` (both not negative), scaled to a right side of 1."""
+        scaled = np.minimum(coefficients / bound, 2.0) if bound > 0 else (coefficients > 0).astype(float)
+        used = np.flatnonzero(scaled)
+        self.more.add(dict(zip(used.tolist(), scaled[used].tolist(), strict=True)), -np.inf, float(bound > 0))
+
+    def _forbid(self, ones: Sequence[int], zeros: Sequence[int] = ()) -> None:
+        """Cut off every point in which all of ``ones`` are 1 and all of ``zeros`` are 0."""
+        self.more.add(dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, -1.0), -np.inf, len(ones) - 1.0)
 
     def _objective(self) -> tuple[Floats, float, float]:
         """Scaled objective of all columns, its scale, and by how much ties may raise the unscaled value."""
@@ -308,33 +329,24 @@ class Search:
         Args:
             linear: columns between 0 and 1; its answer is rounded, and is only good for greedy moves to mend.
         """
-        rows = self.relaxation.rows()
+        rows = self.relaxation.rows(self.problem.budget, self.more)
         objective, scale, ties = self._objective()
-        lower, upper = self._capped()
-        binaries = self.relaxation.binaries
-        integral = np.zeros(self.relaxation.columns)
-        integral[:binaries] = 0 if linear else 1
         self.rounds += 1
         if self.relaxation.columns == 0:
             self.offer(())
             self.infeasible = self.best is None
             return None
-        if not linear and not self._affordable(rows.matrix.shape):
+        solver = self._relaxed if linear else self._integral
+        result = solver(rows, objective)
+        if result is None:
             return None
-        result = quiet_milp(
-            objective,
-            integrality=integral,
-            bounds=Bounds(lower, upper),
-            constraints=LinearConstraint(rows.matrix, rows.low, rows.high),
-            options={
-                "mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2,
-                "time_limit": self.clock.left(),
-            },
-        )
         before = self.best
         self.struck |= result.status == 1
         optimum = result.fun if result.status == 0 else None  # what the clock stopped is no bound
         self._learn(result.status, optimum if linear else result.mip_dual_bound, scale, ties)
+        if linear and optimum is not None:
+            most = self.value(before[1]) if before else np.inf
+            self.slopes.append((optimum * scale - ties + self.offset, scale * result.falls, most))
         if result.x is None:
             return None
         raw = self.relaxation.decision(result.x)
@@ -348,13 +360,36 @@ class Search:
         # Optimal for HiGHS and yet a gap: the costs were scaled to a worse answer; scale to this one.
         return True if result.status == 0 and not linear and self.best is not before else None
 
-    def _affordable(self, shape: tuple[int, int]) -> bool:
-        """Whether an integer program of this size is likely to end in time; no clock is asked."""
-        if self.relaxation.binaries <= _SMALL:
-            return True
-        seconds = _SECONDS_A_CELL if self.gap() <= _NEAR else _SECONDS_A_CELL_FAR
-        self.expected += seconds * shape[0] * shape[1]
-        return self.expected <= _INTEGER * self.allowed
+    def _relaxed(self, rows: Rows, objective: Floats) -> Any:
+        return relaxed(objective, *self._capped(), rows, self.clock.left())
+
+    def _integral(self, rows: Rows, objective: Floats) -> Any:
+        """Solve with 0/1 columns, at most as many nodes as are likely to end in time; None if none are.
+
+        No clock is asked.
+        """
+        options = {
+            "mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2,
+            "time_limit": self.clock.left(),
+        }
+        root = _SECONDS_A_CELL * rows.matrix.shape[0] * rows.matrix.shape[1]
+        if self.relaxation.binaries > _SMALL:
+            left = _INTEGER * self.allowed - self.expected
+            if root > left:
+                return None
+            options["node_limit"] = 1 + int(_NODES * (left / root - 1))
+        integral = np.zeros(self.relaxation.columns)
+        integral[: self.relaxation.binaries] = 1
+        constraints = LinearConstraint(rows.matrix, rows.low, rows.high)
+        result = quiet_milp(
+            objective,
+            integrality=integral,
+            bounds=Bounds(*self._capped()),
+            constraints=constraints,
+            options=options,
+        )
+        self.expected += root * (1 + (result.mip_node_count or 0) / _NODES)
+        return result
 
     def _learn(self, status: int, dual: float | None, scale: float, ties: float) -> None:
         """Raise the bound by what HiGHS proved."""
@@ -378,10 +413,15 @@ class Search:
         limit = np.inf if problem.budget is None else float(problem.budget)
         if self.metric == "peak":
             limit = float(x[relaxation.peak_column]) * relaxation.unit * (1 + EXACT)
+        if rounded:
+            over = relaxation.lacking(_worst(relaxation.static_live(x), limit * (1 + EXACT)))
+            for t in over:
+                relaxation.add_peak(t)
+            return bool(over)
         added = [relaxation.add_peak(t, decision) for t in _worst(found.live_bytes, limit)]
         if any(added):
             return True
-        if found.feasible or rounded:
+        if found.feasible:
             return False
         self._cut(x, found)
         return True
@@ -403,23 +443,25 @@ class Search:
             largest = [c for c in sorted(chosen, key=lambda c: (-sizes[c], c)) if sizes[c] > 0]
             for count in range(1, len(largest) + 1):
                 if fsum(sizes[largest[:count]]) > room:
-                    relaxation.forbid(largest[:count])
+                    self._forbid(largest[:count])
                     done = True
                     break
         if not done:
             taken = set(chosen)
-            relaxation.forbid(chosen, [c for c in range(relaxation.binaries) if c not in taken])
+            self._forbid(chosen, [c for c in range(relaxation.binaries) if c not in taken])
 
     # -- large problems
 
     def _large(self) -> None:
         """Relaxations, whose answers are rounded and mended, before any integer program."""
-        idle, gap = 0, 1.0
+        gap = 1.0
+        if self.problem.budget is not None:  # what the first relaxation would be rounded to: the cheapest
+            for step in _worst(evaluate(self.problem, self.cheapest).live_bytes, self.problem.budget):
+                self.relaxation.add_peak(step)
         for _ in range(_RELAXATIONS):
             if self._late() or self._round(linear=True) is None or self.infeasible:
                 return
-            idle = idle + 1 if gap - self.gap() < _PROGRESS else 0
-            if idle == _IDLE and self.best is not None:
+            if self.best is not None and gap - self.gap() < _PROGRESS:
                 return
             gap = self.gap()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Literal, Protocol
 
 from .program import ABSENT, Decision, Evaluation, Problem, evaluate, live_at
@@ -19,6 +19,27 @@ from .search import EXACT, Search
 
 #: Share of the deadline for the first search; the rest is for what to say if it finds nothing.
 _FIRST = 0.7
+
+
+@dataclass(frozen=True)
+class Bound:
+    """No decision within ``budget`` bytes costs less than ``value``, nor than ``most``.
+
+    Attributes:
+        slope: the value falls by no more than this with every byte more, and rises by no less with every byte
+            less (a linear program's optimum is convex in its right sides); infinite where that is unknown.
+    """
+
+    budget: int
+    value: float
+    slope: float = inf
+    most: float = inf
+
+    def at(self, budget: int) -> float:
+        """What no decision within another budget undercuts."""
+        if self.slope == inf:
+            return self.value if budget <= self.budget else 0.0
+        return min(max(0.0, self.value - self.slope * (budget - self.budget)), self.most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +51,7 @@ class Solution:
         gap: ``(cost - bound) / cost``; 0.0 where it is below HiGHS's own tolerance (1e-6).
         rounds: programs solved.
         struck: the deadline ended something; another run may find another answer.
+        bounds: what was proved under the problem's budget, and so about others.
     """
 
     decision: Decision
@@ -38,6 +60,7 @@ class Solution:
     gap: float
     rounds: int
     struck: bool = False
+    bounds: tuple[Bound, ...] = ()
 
 
 class Decided(Protocol):
@@ -93,15 +116,13 @@ class Price:
 
     Attributes:
         step_bytes: by how much the budget was moved.
-        more_saves: what one step more saves, with the gap of that plan.
-        less_costs: what one step less costs, with its gap; None if no plan was found there.
+        more_saves: what one step more saves at least.
+        less_costs: what one step less costs at most; None if no plan was found there.
     """
 
     step_bytes: int
     more_saves: float
-    more_gap: float
     less_costs: float | None
-    less_gap: float | None
 
 
 def solve(
@@ -111,6 +132,8 @@ def solve(
     starts: Sequence[Decision] = (),
     warm: Decision | None = None,
     patience: float = 0.0,
+    known: Sequence[Bound] = (),
+    enough: float = 0.0,
 ) -> Solution | Infeasible:
     """The cheapest decision within the limits; ties go to less variance, then to fewer bytes saved.
 
@@ -123,9 +146,12 @@ def solve(
         starts: decisions known to be good; the answer is no worse than those within the limits.
         warm: the answer to a problem like this one, to go on from.
         patience: seconds that a slow machine may take for what should fit in the deadline.
+        known: what was proved of the same problem under other budgets.
+        enough: a gap that is good enough for what greedy moves find in a large problem.
     """
-    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm, patience * _FIRST)
-    search.run()
+    proved = max((b.at(problem.budget) for b in known), default=0.0) if problem.budget is not None else 0.0
+    search = Search(problem, "cost", deadline_s * _FIRST, gap, starts, warm, patience * _FIRST, proved)
+    search.run(enough)
     found = _solution(search)
     if found is not None:
         return found
@@ -164,7 +190,10 @@ def _solution(search: Search) -> Solution | None:
     decision, evaluation = search.best
     gap = search.gap()
     gap = gap if gap > EXACT else 0.0
-    return Solution(decision, evaluation, search.bound, gap, search.rounds, search.struck)
+    bounds: tuple[Bound, ...] = ()
+    if (budget := search.problem.budget) is not None:
+        bounds = (Bound(budget, search.bound), *(Bound(budget, *slope) for slope in search.slopes))
+    return Solution(decision, evaluation, search.bound, gap, search.rounds, search.struck, bounds)
 
 
 def _smallest(
@@ -234,6 +263,8 @@ def prices(
 ) -> Price:
     """What one step of budget is worth, by planning again with one more and one less.
 
+    Large problems are only searched by greedy moves from the solution: a bound is not asked for.
+
     Args:
         step_bytes: default the smaller of 1 GiB and a tenth of the budget.
         deadline_s: seconds for each of the two.
@@ -244,15 +275,12 @@ def prices(
     if step <= 0:
         raise ValueError(f"the step must be positive, not {step}")
     cost, found = solution.evaluation.cost, solution.decision
-    more = solve(replace(problem, budget=problem.budget + step), deadline_s, gap, [found], warm=found)
-    assert isinstance(more, Solution), "what fits the budget fits a larger one"
-    search = Search(replace(problem, budget=problem.budget - step), "cost", deadline_s, gap, warm=found)
-    search.run()
-    less = _solution(search)
-    return Price(
-        step,
-        max(0.0, cost - more.evaluation.cost),
-        more.gap,
-        max(0.0, less.evaluation.cost - cost) if less else None,
-        less.gap if less else None,
-    )
+
+    def searched(budget: int) -> Evaluation | None:
+        search = Search(replace(problem, budget=budget), "cost", deadline_s, gap, [found], warm=found)
+        search.run(enough=1.0)
+        return search.best[1] if search.best else None
+
+    more, less = searched(problem.budget + step), searched(problem.budget - step)
+    assert more is not None, "what fits the budget fits a larger one"
+    return Price(step, max(0.0, cost - more.cost), max(0.0, less.cost - cost) if less else None)
