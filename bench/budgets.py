@@ -135,7 +135,8 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             return rows
         peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
         budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
-        warm(spec["warm"], (time.monotonic() + end) / 2, budgets)  # what it leaves undone is compiled below
+        now = time.monotonic()
+        warm(spec["warm"], now + 0.7 * (end - now), budgets)  # what it leaves undone is compiled below
     for budget in budgets:
         for mode in spec["modes"]:
             name, *options = mode.split(",")

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._functorch.config as functorch_config
@@ -34,6 +34,10 @@ CUDA_PATCHES: dict[str, Any] = {
 }
 _ROUNDS = 3  # plans that a budget may take until Inductor's schedule agrees
 _DRIFT = 0.01  # of the budget: how far replayed and expected peak may lie apart without planning again
+# By how much lower a plan is aimed than the last schedule asks for, as a share of the budget, after so many
+# were over it. Under all of it there is no plan: then the smallest is asked for.
+_MARGINS = (0.0, 0.0, 0.01, 0.1, 1.0)
+_Aim = Literal["budget", "own", "smallest"]
 _plans: list[Plan] = []
 _counter = itertools.count()
 
@@ -124,44 +128,51 @@ def _planned(
     stored = cache.load(key)
     correction = stored.correction_bytes if stored else 0
     frugal = stored is not None and config.budget is not None and not (config.shrinks or stored.tightened)
+    aim: _Aim = "own" if frugal else "budget"
+    floor = 0  # the smallest simulated peak, once a budget was too small for it
     attempts: list[tuple[Callable[..., Any], Plan]] = []
-    while len(attempts) < _ROUNDS or not (frugal or any(_fits(plan) for _, plan in attempts)):
-        # The last resort is the mode's own plan: another's correction may be too large for it.
-        frugal = frugal or len(attempts) >= _ROUNDS
-        partitioner = CiuicPartitioner(config, key, name, 0 if frugal else correction, frugal)
-        with compat_wrapper.recorded() as recording:
-            try:
+    while True:
+        own = aim == "own"
+        partitioner = CiuicPartitioner(config, key, name, 0 if own else correction, own)
+        try:
+            with compat_wrapper.recorded() as recording:
                 compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
-            except InfeasibleBudgetError as error:
-                if any(_fits(plan) for _, plan in attempts):
-                    break
-                if attempts and not frugal:
-                    frugal = True
-                    continue
-                least = min((plan.planned_peak_bytes for _, plan in attempts), default=error.smallest_bytes)
-                if least < error.smallest_bytes:
-                    raise _over_budget([plan for _, plan in attempts]) from error
+        except InfeasibleBudgetError as error:
+            if not attempts and not own:
                 raise
-        if not partitioner.called and stored is not None:  # Inductor's cache was warm
-            return compiled, replace(stored, name=name)
-        if not partitioner.called and _caching():  # warm, but the plan was lost: plan again, announce it
-            return _planned_anew(gm, example_inputs, config, patches, name)
-        if partitioner.plan is None or partitioner.joint is None:  # nothing depends on the gradients
-            return compiled, None
-        plan = confirm(partitioner.plan, recording, partitioner.joint, example_inputs)
-        if not plan.replayed and stored is not None:  # the code came from a cache, under the same key
-            plan = replace(stored, name=name)
-        elif not plan.replayed and recording.missing and _caching():  # that of a process that was stopped
-            return _planned_anew(gm, example_inputs, config, patches, name)
-        attempts.append((compiled, plan))
-        drift = plan.planned_peak_bytes - plan.simulated_peak_bytes
-        if plan.budget_bytes is None or not plan.replayed or drift == correction:
+            if any(_fits(plan) for _, plan in attempts):
+                break
+            if aim == "budget":
+                floor, aim = error.smallest_bytes - correction, "own"
+                continue
+        else:
+            if not partitioner.called and stored is not None:  # Inductor's cache was warm
+                return compiled, replace(stored, name=name)
+            if not partitioner.called and _caching():  # warm, but the plan was lost: plan again, announce it
+                return _planned_anew(gm, example_inputs, config, patches, name)
+            if partitioner.plan is None or partitioner.joint is None:  # nothing depends on the gradients
+                return compiled, None
+            plan = confirm(partitioner.plan, recording, partitioner.joint, example_inputs)
+            if not plan.replayed and stored is not None:  # the code came from a cache, under the same key
+                plan = replace(stored, name=name)
+            elif not plan.replayed and recording.missing and _caching():  # that of a process that was stopped
+                return _planned_anew(gm, example_inputs, config, patches, name)
+            attempts.append((compiled, plan))
+            drift = plan.planned_peak_bytes - plan.simulated_peak_bytes
+            if plan.budget_bytes is None or not plan.replayed or (drift == correction and not own):
+                break
+            expected = abs(drift - correction) < _DRIFT * plan.budget_bytes
+            late = len(attempts) >= _ROUNDS and any(_fits(plan) for _, plan in attempts)
+            if late or (_fits(plan) and (aim != "budget" or expected or not plan.tightened)):
+                break
+            if aim == "budget":
+                over = sum(not _fits(plan) for _, plan in attempts)
+                correction = drift + int(plan.budget_bytes * _MARGINS[min(over, len(_MARGINS) - 1)])
+                continue
+        # Another's correction may be too large for the mode's own plan; the smallest is the last resort.
+        if aim == "smallest" or config.budget is None:
             break
-        expected = abs(drift - correction) < _DRIFT * plan.budget_bytes
-        if frugal or (_fits(plan) and (expected or not plan.tightened)):
-            break
-        over = sum(not _fits(plan) for _, plan in attempts)
-        correction = drift + int(_DRIFT * plan.budget_bytes) * max(0, over - 1)  # no third time by a hair
+        aim, correction = ("smallest", config.budget - floor) if floor else ("budget", 0)
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])

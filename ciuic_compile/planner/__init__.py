@@ -20,6 +20,7 @@ from ..capture import owner, tensor
 from ..classify import is_contraction
 from ..codecs import get_codec
 from ..devices import DeviceProfile
+from ..errors import InfeasibleBudgetError
 from ..rows import FEED_FORWARD_CHUNK, LOSS_CHUNK
 from ..simulate import Peaks, tensor_bytes
 from ..types import Action, Decision, Plan, Price
@@ -151,10 +152,10 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge, frugal: b
 
     Args:
         judge: simulated peaks of the rewritten graphs.
-        frugal: take the selection with its codecs without a ratio too, wherever that fits.
+        frugal: take nothing but the selection with its codecs.
 
     Raises:
-        InfeasibleBudgetError: no plan was found within the budget.
+        InfeasibleBudgetError: no plan was found within the budget, or what is ``frugal`` is over it.
     """
     config = model.config
     assert config.budget is not None
@@ -163,6 +164,9 @@ def fit_budget(model: MemoryModel, selection: Selection, judge: Judge, frugal: b
     peaks = judge(selection.saved, codecs.chosen) if config.shrinks or frugal else None
     if peaks is not None and peaks.peak <= config.budget:
         return replace(selection, codecs=codecs)
+    if frugal and peaks is not None:
+        said = f"budget {config.budget:,} bytes: the mode's own plan needs {peaks.peak:,} bytes"
+        raise InfeasibleBudgetError(said, budget_bytes=config.budget, smallest_bytes=peaks.peak)
     everything = storable(model)
     of_all = {**_coefficients(model, everything), **coefficients}
     options = {n: _options(model, n, of_all.get(n, 0.0), model.device) for n in everything}

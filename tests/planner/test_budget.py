@@ -137,6 +137,33 @@ def test_where_no_correction_helps_the_modes_own_plan_is_tried(
     assert found == plans[-1] and found.planned_peak_bytes <= budget
 
 
+def test_where_every_schedule_is_over_the_smallest_plan_is_tried_last(
+    free: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule may need what no plan accounts for, in all but plans of another kind."""
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        made("lossless", 100_000)
+    smallest = caught.value.smallest_bytes
+    budget = int(1.5 * smallest)
+
+    def drift(plan: Plan, _: int) -> int:
+        peak = plan.simulated_peak_bytes
+        return 0 if peak < 1.01 * smallest else budget + 1000 - peak
+
+    plans = replayed(monkeypatch, drift)
+    found = only(made("lossless", budget))
+    assert found.planned_peak_bytes <= 1.01 * smallest
+    assert 3 <= len(plans) <= 6 and len({plan.simulated_peak_bytes for plan in plans}) == len(plans)
+
+    plans.clear()
+    monkeypatch.undo()
+    plans = replayed(monkeypatch, lambda plan, n: budget + n - plan.simulated_peak_bytes)
+    with pytest.raises(InfeasibleBudgetError, match="the smallest plan found needs") as caught:
+        made("lossless", budget)
+    assert caught.value.smallest_bytes == budget + 1
+    assert min(plan.simulated_peak_bytes for plan in plans) < 1.01 * smallest
+
+
 def test_an_impossible_budget_names_what_is_alive_at_the_smallest_peak() -> None:
     with pytest.raises(InfeasibleBudgetError) as caught:
         made("lossless", 100_000)
