@@ -36,7 +36,7 @@ _ROUNDS = 3  # plans that a budget may take until Inductor's schedule agrees
 _DRIFT = 0.01  # of the budget: how far replayed and expected peak may lie apart without planning again
 # By how much lower a plan is aimed than the last schedule asks for, as a share of the budget, after so many
 # were over it. Under all of it there is no plan: then the smallest is asked for.
-_MARGINS = (0.0, 0.0, 0.01, 0.1, 1.0)
+_MARGINS = (0.0, 0.0, 0.01, 0.03, 0.1, 1.0)
 _Aim = Literal["budget", "own", "smallest"]
 _plans: list[Plan] = []
 _counter = itertools.count()
