@@ -7,7 +7,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ciuic_compile.planner.timing import flops
+from ciuic_compile.devices import named
+from ciuic_compile.planner.timing import flops, node_us
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention
@@ -43,3 +44,21 @@ def test_grouped_queries_take_the_flops_of_their_query_heads(backward: bool) -> 
     every = flops(attention(8, backward))
     assert every == (5 if backward else 2) * 2 * (2 * 8 * 64 * 64 * 32)
     assert flops(attention(2, backward)) == flops(attention(1, backward)) == every
+
+
+@pytest.mark.parametrize(("device", "longer"), [("h100", 2.2), ("cpu", 1.0)])
+def test_a_convolution_takes_longer_than_what_it_moves_on_a_gpu(device: str, longer: float) -> None:
+    graph = fx.Graph()
+    with FakeTensorMode():
+        x, weight = torch.empty(8, 16, 32, 32), torch.empty(16, 16, 1, 1)
+        value = torch.nn.functional.conv2d(x, weight)
+    values = [graph.placeholder("x"), graph.placeholder("weight")]
+    for node, meta in zip(values, (x, weight), strict=True):
+        node.meta["val"] = meta
+    rest = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    call = graph.call_function(aten.convolution.default, (*values, *rest))
+    call.meta["val"] = value
+    profile = named(device)
+    moved = 4 * (x.numel() + weight.numel() + value.numel())
+    work = flops(call) / profile.flop_per_us(4)
+    assert node_us(call, profile) == pytest.approx(longer * max(profile.microseconds(moved), work))
