@@ -112,8 +112,8 @@ class Price:
 
     Attributes:
         step_bytes: how much more or less.
-        more_saves_us: microseconds a step that so much more would save.
-        less_costs_us: what so much less would cost; None if no plan was found for it.
+        more_saves_us: microseconds a step that so much more would save, at least.
+        less_costs_us: what so much less would cost, at most; None if no plan was found for it.
     """
 
     step_bytes: int
