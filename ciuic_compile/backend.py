@@ -129,7 +129,7 @@ def _planned(
     correction = stored.correction_bytes if stored else 0
     frugal = stored is not None and config.budget is not None and not (config.shrinks or stored.tightened)
     aim: _Aim = "own" if frugal else "budget"
-    floor = 0  # the smallest simulated peak, once a budget was too small for it
+    floor: int | None = None  # the smallest simulated peak, once a budget was too small for it
     attempts: list[tuple[Callable[..., Any], Plan]] = []
     while True:
         own = aim == "own"
@@ -139,7 +139,10 @@ def _planned(
                 compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
         except InfeasibleBudgetError as error:
             if not attempts and not own:
-                raise
+                if correction == 0:
+                    raise
+                correction = 0  # what a schedule needed once may be more than another does
+                continue
             if any(_fits(plan) for _, plan in attempts):
                 break
             if aim == "budget":
@@ -172,7 +175,7 @@ def _planned(
         # Another's correction may be too large for the mode's own plan; the smallest is the last resort.
         if aim == "smallest" or config.budget is None:
             break
-        aim, correction = ("smallest", config.budget - floor) if floor else ("budget", 0)
+        aim, correction = ("budget", 0) if floor is None else ("smallest", config.budget - floor)
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])

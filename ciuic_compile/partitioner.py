@@ -45,7 +45,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             into its own cache keys, so no cached code of another configuration can be hit.
         name: the graph's name in reports.
         correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
-        frugal: prefer the mode's own plan under a budget that holds it, though another costs less time.
+        frugal: the mode's own plan under a budget, though another costs less time; an error where it is over.
 
     Attributes:
         plan: the plan, once called; None when nothing in the graph depends on gradients.

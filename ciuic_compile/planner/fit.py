@@ -110,7 +110,7 @@ def fit(
         if isinstance(solution, Infeasible) and room < 0:
             break
         # The bound must be of a program that leaves room for this answer's own drift.
-        enough = found.gap + _WIDER if found.gap > _GAP else _GAP
+        enough = found.gap + _WIDER if _GAP < found.gap < 1.0 else _GAP
         proved = _certified(found, budget, bounds).gap <= enough
         if 0 <= room <= _ROOM * budget and proved:
             break
@@ -122,10 +122,12 @@ def fit(
         return replace(best, struck=struck, price=price)
     # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
     certificate = solve(replace(problem, budget=0), seconds, _GAP, starts)
-    least = min([judged(start), *tried], key=lambda f: f.peaks.peak)
+    every = [judged(start), *tried]
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
-        least = min(least, judged(certificate.decision), key=lambda f: f.peaks.peak)
-    if least.peaks.peak <= budget and _keeps_limits(problem, least.evaluation):
+        every.append(judged(certificate.decision))
+    keeping = [f for f in every if _keeps_limits(problem, f.evaluation)]
+    least = min(keeping or every, key=lambda f: f.peaks.peak)
+    if keeping and least.peaks.peak <= budget:
         return replace(least, struck=struck)
     raise _infeasible(formulation, budget, least.peaks.peak, certificate)
 
@@ -137,7 +139,7 @@ def _certified(found: Fit, budget: int, bounds: Sequence[Bound]) -> Fit:
     """
     cost = found.evaluation.cost
     if cost <= 0:
-        return found
+        return replace(found, bound=0.0, gap=0.0)
     bound = min(max((b.at(budget - found.drift) for b in bounds), default=0.0), cost)
     gap = (cost - bound) / cost
     return replace(found, bound=bound, gap=gap if gap > EXACT else 0.0)

@@ -144,7 +144,7 @@ class Search:
         """
         self.seed()
         large = self.problem.choices > _SMALL
-        if self._done_early() or (large and self.gap() <= enough):
+        if self._done_early() or (large and self.best is not None and self.gap() <= enough):
             return
         self._build()
         if large:

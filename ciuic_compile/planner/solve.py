@@ -20,10 +20,13 @@ from .search import EXACT, Search
 #: Share of the deadline for the first search; the rest is for what to say if it finds nothing.
 _FIRST = 0.7
 
+#: What sums and HiGHS's duals are off by at most, of the terms of a bound at another budget: they may cancel.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class Bound:
-    """No decision within ``budget`` bytes costs less than ``value``, nor than ``most``.
+    """No decision within ``budget`` bytes costs less than the smaller of ``value`` and ``most``.
 
     Attributes:
         slope: the value falls by no more than this with every byte more, and rises by no less with every byte
@@ -39,7 +42,9 @@ class Bound:
         """What no decision within another budget undercuts."""
         if self.slope == inf:
             return self.value if budget <= self.budget else 0.0
-        return min(max(0.0, self.value - self.slope * (budget - self.budget)), self.most)
+        change = self.slope * (budget - self.budget)
+        rounding = _ROUNDING * max(abs(self.value), abs(change))
+        return min(max(0.0, self.value - change - rounding), self.most)
 
 
 @dataclass(frozen=True, eq=False)

@@ -164,6 +164,17 @@ def test_where_every_schedule_is_over_the_smallest_plan_is_tried_last(
     assert min(plan.simulated_peak_bytes for plan in plans) < 1.01 * smallest
 
 
+def test_a_stored_correction_that_leaves_no_plan_is_forgotten(
+    free: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a schedule once needed may leave no room, where another's would."""
+    budget = int(0.9 * only(free).simulated_peak_bytes)
+    held = only(made("lossless", budget))
+    stored = replace(held, correction_bytes=budget, tightened=True)
+    monkeypatch.setattr(backend.cache, "load", lambda key: stored)
+    assert only(made("lossless", budget)).planned_peak_bytes <= budget
+
+
 def test_an_impossible_budget_names_what_is_alive_at_the_smallest_peak() -> None:
     with pytest.raises(InfeasibleBudgetError) as caught:
         made("lossless", 100_000)

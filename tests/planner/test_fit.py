@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ciuic_compile.planner import search
 from ciuic_compile.planner.fit import fit
 from ciuic_compile.planner.program import ABSENT, Candidate, Decision, Problem, Rebuild, Store, evaluate
 from ciuic_compile.planner.search import Search
@@ -78,3 +79,24 @@ def test_time_that_runs_out_between_two_programs_is_told(monkeypatch: pytest.Mon
     monkeypatch.setattr(search.clock, "over", lambda: True)
     search.run()
     assert search.best is None and search.struck
+
+
+def test_a_round_without_a_plan_does_not_end_the_search_of_a_large_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first round is for a budget that nothing meets; what it lacks as a certificate is no measure."""
+    monkeypatch.setattr(search, "_SMALL", 0)
+    sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (30, 4.0), (25, 3.0), (70, 9.0)]
+    values = [
+        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
+        for i, (size, us) in enumerate(sizes)
+    ]
+    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    every = (0,) * 6
+
+    def judge(decision: Any, codecs: Any = None) -> Any:
+        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes + 500 * (decision == every))
+
+    start = (ABSENT,) * 5 + (0,)
+    found = fit(Plain(problem), 1170, start, (every, judge(every)), judge, 10.0)  # type: ignore[arg-type]
+    assert (found.evaluation.cost, found.gap) == (17.0, 0.0)

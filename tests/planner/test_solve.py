@@ -18,7 +18,7 @@ from bench.plan_time import budgets, layered
 from ciuic_compile.planner import relaxation, search
 from ciuic_compile.planner.assign import Option, assign
 from ciuic_compile.planner.program import Candidate, Problem, Rebuild, Store, evaluate
-from ciuic_compile.planner.solve import Infeasible, Live, Solution, prices, solve
+from ciuic_compile.planner.solve import Bound, Infeasible, Live, Solution, prices, solve
 from tests.planner.planning import Every, every, random_problem
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,13 @@ def test_what_is_proved_of_one_budget_holds_of_others(monkeypatch: pytest.Monkey
                 sloping += slopes
                 tight += slopes and bound.at(budget) > 0.99 * best
     assert sloping > 100 and tight > 10
+
+
+def test_a_bound_that_cancels_is_rounded_down() -> None:
+    """Of 2.35e5 nothing is left; nine digits of it are no proof."""
+    bound = Bound(44_750_000, 235034.39238181285, 0.23503439238181165)
+    assert bound.at(45_750_000) == 0.0
+    assert bound.at(44_750_000) == pytest.approx(bound.value, rel=1e-8) and bound.at(44_750_000) < bound.value
 
 
 def test_a_larger_budget_never_costs_more() -> None:
