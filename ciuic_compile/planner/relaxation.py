@@ -236,6 +236,11 @@ class Relaxation:
         assert r is not None
         return r.first_min <= step <= r.first_max or r.last_min < step <= r.last_max
 
+    def _terms(self, row: PeakRow) -> Terms:
+        if row.terms is None:
+            row.terms = Terms.of(self._peak_terms(row))
+        return row.terms
+
     def _peak_terms(self, row: PeakRow) -> list[tuple[int, Expr]]:
         step = row.step
         here = (self._term_start <= step) & (step <= self._term_end)
@@ -275,12 +280,9 @@ class Relaxation:
                 covered(alive, [here, *(mine for _, mine in kept), *(rebuilt if c.fused else [])])
         return terms
 
-    def _peak_row(self, row: PeakRow, budget: int | None, table: Table) -> float:
+    def _peak_row(self, row: PeakRow, terms: Terms, budget: int | None, table: Table) -> float:
         """Write a row down; by how much a byte more of budget raises its ``high``."""
         constant = int(self.constant[row.step])
-        if row.terms is None:
-            row.terms = Terms.of(self._peak_terms(row))
-        terms = row.terms
         if self.peak_column >= 0:
             scale, high, clip = 1.0 / self.unit, -constant / self.unit, np.inf
             table.columns.append(self.peak_column)
@@ -298,10 +300,9 @@ class Relaxation:
 
     def rows(self, budget: int | None, more: Table | None = None) -> Rows:
         """All rows so far, under a budget, and some more."""
-        for row in self._peaks.values():  # may add auxiliary columns and rows
-            row.terms = row.terms or Terms.of(self._peak_terms(row))
+        written = [(row, self._terms(row)) for row in self._peaks.values()]  # may add columns and rows
         peaks, rest = Table(), more or Table()
-        scales = [self._peak_row(row, budget, peaks) for row in self._peaks.values()]
+        scales = [self._peak_row(row, terms, budget, peaks) for row, terms in written]
         every = (self._table, rest, peaks)
         starts, offset = [np.zeros(1, dtype=np.int32)], 0
         for table in every:

@@ -108,7 +108,7 @@ class Search:
         bound: float = 0.0,
     ) -> None:
         self.problem, self.metric, self.starts, self.warm = problem, metric, starts, warm
-        self.more = Table()
+        self.more, self.large = Table(), problem.choices > _SMALL
         self.clock, self.allowed = Clock(max(seconds, patience)), seconds
         self.struck = False
         self.expected = 0.0
@@ -143,12 +143,11 @@ class Search:
             enough: a gap that is good enough for what greedy moves find in a large problem.
         """
         self.seed()
-        large = self.problem.choices > _SMALL
-        if self._done_early() or (large and self.best is not None and self.gap() <= enough):
+        if self._done_early() or (self.large and self.best is not None and self.gap() <= enough):
             return
         self._build()
-        if large:
-            self._large()
+        if self.large:
+            self._relax()
             if self.best is not None and EXACT < self.target >= self.gap():
                 return
         self._exact()
@@ -364,16 +363,16 @@ class Search:
         return relaxed(objective, *self._capped(), rows, self.clock.left())
 
     def _integral(self, rows: Rows, objective: Floats) -> Any:
-        """Solve with 0/1 columns, at most as many nodes as are likely to end in time; None if none are.
+        """Solve with 0/1 columns; None where not even a large problem's root is likely to end in time.
 
-        No clock is asked.
+        How many of its nodes are is counted by its size; the clock only guards.
         """
         options = {
             "mip_rel_gap": 0.0 if self.target <= EXACT else self.target / 2,
             "time_limit": self.clock.left(),
         }
         root = _SECONDS_A_CELL * rows.matrix.shape[0] * rows.matrix.shape[1]
-        if self.relaxation.binaries > _SMALL:
+        if self.large:
             left = _INTEGER * self.allowed - self.expected
             if root > left:
                 return None
@@ -452,7 +451,7 @@ class Search:
 
     # -- large problems
 
-    def _large(self) -> None:
+    def _relax(self) -> None:
         """Relaxations, whose answers are rounded and mended, before any integer program."""
         gap = 1.0
         if self.problem.budget is not None:  # what the first relaxation would be rounded to: the cheapest
