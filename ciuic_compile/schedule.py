@@ -7,7 +7,7 @@ elementwise values and reductions; layouts, tilings and its estimates of traffic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ from .capture import extent, owner
 from .classify import is_reduction, packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
-from .fusion import decoded_to_memory, readers
+from .fusion import decoded_to_memory, is_external, readers
 
 aten = torch.ops.aten
 #: Ops that add to places of a buffer -> which argument says what; computed in their loop over it.
@@ -109,6 +109,33 @@ def in_kernels(stored: Stored) -> list[list[fx.Node]]:
         if compat.is_pointwise(node):
             latest[node] = index
     return fusion.order()
+
+
+def written_over(
+    kernel: Sequence[fx.Node], stored: Stored, dying: Mapping[fx.Node, Size], made: Mapping[fx.Node, Size]
+) -> set[fx.Node]:
+    """The storages that a kernel's results take the place of (scheduler.py, ``decide_inplace_update``).
+
+    A value is written over one that it reads, of its size, where nothing but what it is computed from still
+    reads that. A library's call writes over nothing.
+
+    Args:
+        dying: bytes of what is last used here.
+        made: bytes of what gets a buffer here.
+    """
+    over = set[fx.Node]()
+    above: dict[fx.Node, set[fx.Node]] = {}  # of the same kernel, what each is computed from, and itself
+    users: dict[fx.Node, set[fx.Node]] = {}
+    for node in () if is_external(kernel[0]) else kernel:
+        above[node] = {node}.union(*(above.get(_maker(s), ()) for s in stored[node]))
+        for storage in stored[node]:
+            users.setdefault(storage, set()).add(node)
+    for node in above:
+        for storage in sorted(stored[node] - over, key=lambda s: s.name) if node in made else ():
+            if dying.get(storage) == made[node] and users[storage] <= above[node]:
+                over.add(storage)
+                break
+    return over
 
 
 def _elements(node: fx.Node) -> Size:

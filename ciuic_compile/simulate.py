@@ -23,8 +23,7 @@ from torch import fx
 from . import compat
 from .capture import owner, tensor
 from .codecs.base import Size
-from .fusion import is_external
-from .schedule import in_kernels, output_nodes, overwrites, stored_values
+from .schedule import in_kernels, output_nodes, overwrites, stored_values, written_over
 from .workspace import Operand, workspaces
 
 
@@ -167,9 +166,9 @@ def changes_by_step(
     end = len(kernels)
     last_use = {s: end if s in returned else max(steps) for s, steps in readers.items()}
     last_use |= dict.fromkeys(returned, end)
-    dying: dict[int, list[Size]] = {}  # step -> sizes of what is last used there
+    dying: dict[int, dict[fx.Node, Size]] = {}  # step -> bytes of what is last used there
     for node, size in live_inputs.items():
-        dying.setdefault(last_use.get(node, 0), []).append(size)
+        dying.setdefault(last_use.get(node, 0), {})[node] = size
     changes: list[list[Change]] = [list(Counter(live_inputs.values()).items())]
     for now, kernel in enumerate(kernels):
         made = [
@@ -178,15 +177,15 @@ def changes_by_step(
             if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
             for made in _results(node, hints)
         ]
-        # A kernel that is no call of a library's writes in place of what it reads for the last time.
-        spare = Counter(() if is_external(kernel[0]) else dying.get(now, ()))
+        last = dying.get(now, {})
+        spare = Counter(last[storage] for storage in written_over(kernel, stored, last, dict(made)))
         new = Counter(size for _, size in made)
         inside = _temporaries(kernel[0], target, hints)
         needed = [*(new - spare).items(), (inside, 1)]
         step_changes = [*needed, *((size, -count) for size, count in needed)]
         for storage, size in made:
-            dying.setdefault(last_use.get(storage, now), []).append(size)
-        step_changes += [(size, -count) for size, count in Counter(dying.pop(now, ())).items()]
+            dying.setdefault(last_use.get(storage, now), {})[storage] = size
+        step_changes += [(size, -count) for size, count in Counter(dying.pop(now, {}).values()).items()]
         changes.append([*step_changes, *new.items()])
     return changes
 

@@ -15,10 +15,9 @@ from . import compat, markers
 from .analyze import MemoryModel
 from .capture import owner, tensor
 from .codecs.base import Size
-from .fusion import is_external
 from .identity import count_up
 from .passes import Graphs
-from .schedule import in_kernels, output_nodes, overwrites, stored_values
+from .schedule import in_kernels, output_nodes, overwrites, stored_values, written_over
 from .simulate import _results, _size, _Target, _temporaries, saved_storages, tensor_bytes
 from .sources import source_of
 from .types import Block, Line, Role, TensorClass, Timeline, Track
@@ -61,28 +60,30 @@ def live_ranges(
     end = len(kernels)
     last_use = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, end)
     ranges: list[LiveRange] = []
-    dying: dict[int, list[tuple[Size, LiveRange]]] = {}
+    dying: dict[int, dict[fx.Node, tuple[Size, LiveRange]]] = {}
     hints: dict[Size, int] = {}  # bytes of dynamic sizes
     target = _Target(channels_last, kind)
 
     def live(node: fx.Node, size: Size, first: int, last: int) -> None:
         here = last if first <= last < end else end - 1
         ranges.append(LiveRange(node, _at_hints(size, hints), first, here))
-        dying.setdefault(last, []).append((size, ranges[-1]))
+        dying.setdefault(last, {})[node] = size, ranges[-1]
 
     for node in live_inputs:
         live(node, _size(node.meta.get("val"), hints), -1, last_use.get(node, 0))
     for now, kernel in enumerate(kernels):
-        spare: dict[Size, list[LiveRange]] = {}  # what a kernel of Inductor's own may write in place of
-        for size, item in () if is_external(kernel[0]) else dying.get(now, ()):
-            spare.setdefault(size, []).append(item)
-        for node in kernel:
-            if overwrites(node) or (node not in returned and readers.get(node) == {now}):
-                continue  # no storage of its own, or only in registers
-            for result, size in _results(node, hints):
-                if spare.get(size):
-                    spare[size].pop().last = now - 1
-                live(result, size, now, last_use.get(result, now))
+        made = [
+            made
+            for node in kernel
+            if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
+            for made in _results(node, hints)
+        ]
+        last = dying.get(now, {})
+        sizes = {storage: size for storage, (size, _) in last.items()}
+        for storage in written_over(kernel, stored, sizes, dict(made)):
+            last[storage][1].last = now - 1
+        for result, size in made:
+            live(result, size, now, last_use.get(result, now))
         inside = _temporaries(kernel[0], target, hints)
         ranges.append(LiveRange(kernel[0], _at_hints(inside, hints), now, now, inside=True))
     return [r for r in ranges if r.nbytes], kernels
