@@ -5,14 +5,16 @@
 
 A Llama-shaped model in bf16, or one of :mod:`bench.models` under autocast. torch's budgets are its own
 fractions (0 to 1), ours are bytes: fractions of the peak that Inductor is measured to have, and each peak
-that torch's own are measured to have. Every configuration is compiled first (``--warm``: by several processes
-into one cache), then all take turns in one process, four steps at a time.
+that torch's own are measured to have. Of torch's fractions that save the same, the first is measured. Every
+configuration is compiled first (``--warm``: by several processes into one cache), then all take turns in one
+process, four steps at a time.
 Peaks are above the parameters, without gradients at the start; gradient errors are against Inductor.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import shlex
@@ -25,7 +27,8 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch._inductor.compile_fx import compile_fx
+from torch import fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import ciuic_compile
 from bench import common, measure
@@ -62,6 +65,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     model, inputs, targets, device = made(spec)
     precision = "off" if spec["model"] == "llama-shape" else "autocast"
     asked, share = itertools.count(), spec["share"]
+    same: dict[str, str] = {}  # of torch's, which saves what another does
     steps: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     reference: dict[str, torch.Tensor] = {}
@@ -72,6 +76,9 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         nonlocal base, reference
         if share is not None and next(asked) % share[1] != share[0]:
             return
+        if name in same:
+            rows.append({"config": name, "same_as": same[name]})
+            return
         if budget is not None and (least := smallest.get(repr(options), 0)) > budget:
             rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
             return
@@ -81,9 +88,13 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             rows.append({"config": name, "failed": "not started: no time left"})
             return
         before, start = len(ciuic_compile.plans()), time.perf_counter()
-        view = WithLossView(model)
+        view, forwards = WithLossView(model), list[str]()
         if backend == "inductor":
-            run = torch.compile(view, backend=lambda gm, inputs: compile_fx(gm, inputs))  # each its own
+
+            def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:  # each its own
+                return compile_fx(gm, inputs, inner_compile=noting(forwards))
+
+            run = torch.compile(view, backend=compiled)
         else:
             given = {"report": "off", **options, **({} if budget is None else {"budget": budget})}
             run = torch.compile(view, backend="ciuic", options=given)
@@ -111,6 +122,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "config": name,
             "budget": budget,
+            "forwards": forwards,
             "peak": peak.nbytes,
             "compile_s": seconds,
             "error": measure.gradient_error(reference, got).whole,
@@ -125,7 +137,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     budgets = spec["budgets"]
     if budgets is None:
         if share is None:
-            warm(spec["warm"], end)
+            same |= alike(warm(spec["warm"], end))
         measured("inductor", "inductor")
         evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
         for fraction in (fractions := spec["fractions"] or evenly):
@@ -133,8 +145,8 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
                 measured(f"torch {fraction:.2f}", "inductor")
         if share is not None:
             return rows
-        peaks = {row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row}
-        budgets = sorted({*(int(f * base) for f in fractions), *peaks}, reverse=True)
+        peaks = sorted({row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row})
+        budgets = [*reversed(peaks), *sorted({int(f * base) for f in fractions} - {*peaks}, reverse=True)]
         now = time.monotonic()
         warm(spec["warm"], now + 0.7 * (end - now), budgets)  # what it leaves undone is compiled below
     for budget in budgets:
@@ -144,6 +156,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=name, **given)
     if share is not None:
         return rows
+    rows.sort(key=lambda row: -row.get("budget", 0) if row.get("budget") else -float("inf"))
     print(f"{time.monotonic() - began:.0f} s: all in turns", file=sys.stderr)
     times = take_turns(steps, device, spec["steps"], burst=4)
     for row in rows:
@@ -157,6 +170,28 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
                 row |= {"kernels": kernels} if spec["kernels"] else {}
                 row["host_ms"] = host_ms(steps[row["config"]], device)
     return rows
+
+
+def noting(forwards: list[str]) -> Callable[..., Any]:
+    """Inductor's compiler of one graph, with a digest of each forward: of what it computes and returns."""
+
+    def compile_graph(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward"):
+            forwards.append(hashlib.sha256(str(gm.graph).encode()).hexdigest()[:16])
+        return compile_fx_inner(gm, *args, **kwargs)
+
+    return compile_graph
+
+
+def alike(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Each of torch's fractions that saves what a larger one does, and that one's name."""
+    first: dict[tuple[str, ...], str] = {}
+    same = dict[str, str]()
+    for row in sorted((r for r in rows if r.get("forwards")), key=lambda r: r["config"], reverse=True):
+        if row["config"].startswith("torch"):
+            larger = first.setdefault(tuple(row["forwards"]), row["config"])
+            same |= {row["config"]: larger} if larger != row["config"] else {}
+    return same
 
 
 def host_ms(step: Callable[[], None], device: torch.device) -> float:
@@ -182,6 +217,8 @@ def plot(path: str, title: str, rows: list[dict[str, Any]]) -> None:
 
 def table_row(row: dict[str, Any]) -> list[str]:
     """One line of the printed table."""
+    if "same_as" in row:
+        return [row["config"], "-", f"as {row['same_as']}", *["-"] * 9]
     if "failed" in row:
         return [row["config"], common.mib(row.get("budget")), row["failed"], *["-"] * 9]
     budget = row["budget"]
@@ -204,12 +241,17 @@ def against(rows: list[dict[str, Any]]) -> list[str]:
     """For each of torch's points, the fastest of ours that peaks no higher."""
     ours = [r for r in rows if r.get("tightened") is not None and "ratio" in r]
     lines, wins = [], 0
-    theirs = [r for r in rows if r["config"].startswith("torch") and "ratio" in r]
+    by_name = {r["config"]: r for r in rows}
+    theirs = [by_name.get(r.get("same_as", ""), r) for r in rows if r["config"].startswith("torch")]
+    theirs = [r for r in theirs if "ratio" in r]
     for r in theirs:
         best = min((o for o in ours if o["peak"] <= r["peak"]), key=lambda o: o["ratio"], default=None)
         wins += best is not None and best["ratio"] < r["ratio"]
         lines.append(f"{_point(r)} -> {'none' if best is None else _point(best)}")
-    lines.append(f"ours faster at no higher peak: {wins} of {len(theirs)}")
+    lines = list(dict.fromkeys(lines))
+    lines.append(
+        f"ours faster at no higher peak: {wins} of {len(theirs)} fractions, which save {len(lines)} ways"
+    )
     for mode in dict.fromkeys(o["config"].split()[0] for o in ours):
         rows = [o for o in ours if o["config"].split()[0] == mode]
         falls = all(a["peak"] >= b["peak"] for a, b in itertools.pairwise(rows))
@@ -222,23 +264,29 @@ def _point(row: dict[str, Any]) -> str:
     return f"{row['config']}: x {row['ratio']:.3f}, {common.mib(row['peak'])} MiB"
 
 
-def warm(processes: int, end: float, budgets: Sequence[int] = ()) -> None:
+def warm(processes: int, end: float, budgets: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Compile torch's configurations, or with ``budgets`` ours, in processes whose caches are this one's.
 
     Args:
         end: of ``time.monotonic``; what runs then is stopped.
+
+    Returns:
+        The rows of those that came to an end.
     """
     command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:]]
     command += ["--budgets", *map(str, budgets)] if budgets else []
     running = [
-        subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.DEVNULL)
+        subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.PIPE, text=True)
         for i in range(processes)
     ]
+    rows = list[dict[str, Any]]()
     for each in running:
         try:
-            each.wait(timeout=max(0.0, end - time.monotonic()))
+            said, _ = each.communicate(timeout=max(0.0, end - time.monotonic()))
+            rows += json.loads(said.splitlines()[-1]) if each.returncode == 0 else []
         except subprocess.TimeoutExpired:
             each.kill()
+    return rows
 
 
 def main() -> None:
@@ -286,6 +334,7 @@ def main() -> None:
     spec |= {"fractions": args.fractions, "warm": args.warm, "share": args.share, "budgets": args.budgets}
     rows = sweep(spec, time.monotonic() + args.limit)
     if args.share:
+        print(json.dumps(rows))
         return
     common.table(
         "peaks above parameters, MiB; x = step time over Inductor's", COLUMNS, [table_row(r) for r in rows]
