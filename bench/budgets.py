@@ -21,6 +21,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,21 +67,32 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     precision = "off" if spec["model"] == "llama-shape" else "autocast"
     asked, share = itertools.count(), spec["share"]
     same: dict[str, str] = {}  # of torch's, which saves what another does
+    ready: dict[str, Any] | None = None  # what the caches hold, or would if there were such a plan
     steps: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     reference: dict[str, torch.Tensor] = {}
     smallest: dict[str, int] = {}  # by mode, where a budget was too small
     base, began = 0, time.monotonic()
 
+    def impossible(name: str, budget: int | None, least: int) -> None:
+        rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
+        if share is not None:
+            print(json.dumps(rows[-1]), flush=True)
+
     def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
         nonlocal base, reference
         if share is not None and next(asked) % share[1] != share[0]:
             return
+        if ready is not None and name != "inductor":
+            found = ready.get(name, {"failed": "not compiled in time"})
+            if "failed" in found:
+                rows.append({**found, "config": name, "budget": budget})
+                return
         if name in same:
             rows.append({"config": name, "same_as": same[name]})
             return
         if budget is not None and (least := smallest.get(repr(options), 0)) > budget:
-            rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
+            impossible(name, budget, least)
             return
         if share is None:
             print(f"{time.monotonic() - began:.0f} s: {name}", file=sys.stderr)
@@ -108,8 +120,8 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         try:
             step()
         except InfeasibleBudgetError as error:
-            smallest[repr(options)] = least = error.smallest_bytes
-            rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
+            smallest[repr(options)] = error.smallest_bytes
+            impossible(name, budget, error.smallest_bytes)
             return
         seconds = time.perf_counter() - start
         step()
@@ -130,25 +142,33 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
         if len(ciuic_compile.plans()) > before:
             plan = ciuic_compile.plans()[-1]
             row |= {"planned": plan.planned_peak_bytes, "gap": plan.gap, "time_us": plan.time_us}
+            row |= {"simulated": plan.simulated_peak_bytes, "correction": plan.correction_bytes}
+            row["late"] = any("deadline" in note for note in plan.notes)
             row |= {"planned_error": plan.gradient_error, "tightened": plan.tightened}
         rows.append(row)
+        if share is not None:
+            print(json.dumps(row), flush=True)
         steps[name] = step
 
     budgets = spec["budgets"]
     if budgets is None:
-        if share is None:
-            same |= alike(warm(spec["warm"], end))
+        if share is None and spec["warm"]:
+            warmed = warm(spec["warm"], time.monotonic() + 0.4 * (end - time.monotonic()))
+            same, ready = alike(warmed), {row["config"]: row for row in warmed}
         measured("inductor", "inductor")
-        evenly = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
-        for fraction in (fractions := spec["fractions"] or evenly):
+        shares = [1 - (i + 1) / (spec["points"] + 1) for i in range(spec["points"])]
+        for fraction in (fractions := spec["fractions"] or shares):
             with functorch_config.patch(activation_memory_budget=fraction, enable_autograd_cache=False):
                 measured(f"torch {fraction:.2f}", "inductor")
         if share is not None:
             return rows
         peaks = sorted({row["peak"] for row in rows if row["config"] != "inductor" and "peak" in row})
-        budgets = [*reversed(peaks), *sorted({int(f * base) for f in fractions} - {*peaks}, reverse=True)]
-        now = time.monotonic()
-        warm(spec["warm"], now + 0.7 * (end - now), budgets)  # what it leaves undone is compiled below
+        evenly = sorted((int(f * base) for f in fractions), reverse=True)
+        by_name = {common.mib(budget): budget for budget in (*evenly, *reversed(peaks))}  # the smaller of two
+        budgets = sorted(by_name.values(), key=lambda budget: (budget not in peaks, -budget))
+        if spec["warm"]:
+            warmed = warm(spec["warm"], end - 0.1 * spec["limit"], budgets)
+            ready = {row["config"]: row for row in warmed}
     for budget in budgets:
         for mode in spec["modes"]:
             name, *options = mode.split(",")
@@ -271,22 +291,22 @@ def warm(processes: int, end: float, budgets: Sequence[int] = ()) -> list[dict[s
         end: of ``time.monotonic``; what runs then is stopped.
 
     Returns:
-        The rows of those that came to an end.
+        The rows of what was compiled.
     """
     command = [sys.executable, "-m", "bench.budgets", *sys.argv[1:]]
     command += ["--budgets", *map(str, budgets)] if budgets else []
-    running = [
-        subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=subprocess.PIPE, text=True)
-        for i in range(processes)
-    ]
-    rows = list[dict[str, Any]]()
-    for each in running:
-        try:
-            said, _ = each.communicate(timeout=max(0.0, end - time.monotonic()))
-            rows += json.loads(said.splitlines()[-1]) if each.returncode == 0 else []
-        except subprocess.TimeoutExpired:
-            each.kill()
-    return rows
+    with tempfile.TemporaryFile("w+") as said:  # no pipe: compile workers of what is stopped would hold it
+        running = [
+            subprocess.Popen([*command, "--share", str(i), str(processes)], stdout=said)
+            for i in range(processes)
+        ]
+        for each in running:
+            try:
+                each.wait(timeout=max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                each.kill()
+        said.seek(0)
+        return [json.loads(line) for line in said if line.endswith("}\n")]
 
 
 def main() -> None:
@@ -330,11 +350,10 @@ def main() -> None:
     dtype = "bf16" if device.type == "cuda" else "fp32"
     spec = {"shape": shape, "device": str(device), "dtype": dtype, "steps": args.steps}
     spec |= {"points": args.points, "modes": args.modes, "model": args.model, "batch": args.batch}
-    spec["kernels"] = args.kernels
+    spec |= {"kernels": args.kernels, "limit": args.limit}
     spec |= {"fractions": args.fractions, "warm": args.warm, "share": args.share, "budgets": args.budgets}
     rows = sweep(spec, time.monotonic() + args.limit)
     if args.share:
-        print(json.dumps(rows))
         return
     common.table(
         "peaks above parameters, MiB; x = step time over Inductor's", COLUMNS, [table_row(r) for r in rows]

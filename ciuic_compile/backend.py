@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -16,6 +16,7 @@ from torch import fx
 from torch._inductor.compile_fx import compile_fx
 
 from . import cache, compat, compat_wrapper, report
+from .aiming import Aim, Outcome, next_aim
 from .announcing import announce
 from .config import CompileConfig, default_config, parse_options
 from .confirm import confirm, main_device
@@ -32,12 +33,6 @@ CUDA_PATCHES: dict[str, Any] = {
     # moves decodes to the start of the backward (its estimate ignores saved tensors): we place them.
     "reorder_for_peak_memory": False,
 }
-_ROUNDS = 3  # plans that a budget may take until Inductor's schedule agrees
-_DRIFT = 0.01  # of the budget: how far replayed and expected peak may lie apart without planning again
-# By how much lower a plan is aimed than the last schedule asks for, as a share of the budget, after so many
-# were over it. Under all of it there is no plan: then the smallest is asked for.
-_MARGINS = (0.0, 0.0, 0.01, 0.03, 0.1, 1.0)
-_Aim = Literal["budget", "own", "smallest"]
 _plans: list[Plan] = []
 _counter = itertools.count()
 
@@ -126,28 +121,21 @@ def _planned(
     """Compile and plan; under a budget, plan again on what Inductor's schedule turned out to need."""
     key = cache.graph_key(gm, example_inputs, config, profile_for(main_device(example_inputs)).name)
     stored = cache.load(key)
-    correction = stored.correction_bytes if stored else 0
     frugal = stored is not None and config.budget is not None and not (config.shrinks or stored.tightened)
-    aim: _Aim = "own" if frugal else "budget"
-    floor: int | None = None  # the smallest simulated peak, once a budget was too small for it
+    aim: Aim | None = Aim(kind="own") if frugal else Aim(stored.correction_bytes if stored else 0)
     attempts: list[tuple[Callable[..., Any], Plan]] = []
-    while True:
-        own = aim == "own"
-        partitioner = CiuicPartitioner(config, key, name, 0 if own else correction, own)
+    outcomes: list[Outcome] = []
+    missed: InfeasibleBudgetError | None = None
+    while aim is not None:
+        partitioner = CiuicPartitioner(config, key, name, aim.correction, aim.kind == "own")
         try:
             with compat_wrapper.recorded() as recording:
                 compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
         except InfeasibleBudgetError as error:
-            if not attempts and not own:
-                if correction == 0:
-                    raise
-                correction = 0  # what a schedule needed once may be more than another does
-                continue
-            if any(_fits(plan) for _, plan in attempts):
-                break
-            if aim == "budget":
-                floor, aim = error.smallest_bytes - correction, "own"
-                continue
+            assert config.budget is not None
+            missed = error
+            least = None if aim.kind == "own" else error.smallest_bytes - aim.correction
+            outcomes.append(Outcome(aim, smallest=least))
         else:
             if not partitioner.called and stored is not None:  # Inductor's cache was warm
                 return compiled, replace(stored, name=name)
@@ -161,22 +149,14 @@ def _planned(
             elif not plan.replayed and recording.missing and _caching():  # that of a process that was stopped
                 return _planned_anew(gm, example_inputs, config, patches, name)
             attempts.append((compiled, plan))
+            if config.budget is None or not plan.replayed:
+                break
             drift = plan.planned_peak_bytes - plan.simulated_peak_bytes
-            if plan.budget_bytes is None or not plan.replayed or (drift == correction and not own):
-                break
-            expected = abs(drift - correction) < _DRIFT * plan.budget_bytes
-            late = len(attempts) >= _ROUNDS and any(_fits(plan) for _, plan in attempts)
-            if late or (_fits(plan) and (aim != "budget" or expected or not plan.tightened)):
-                break
-            if aim == "budget":
-                over = sum(not _fits(plan) for _, plan in attempts)
-                correction = drift + int(plan.budget_bytes * _MARGINS[min(over, len(_MARGINS) - 1)])
-                continue
-        # Another's correction may be too large for the mode's own plan; the smallest is the last resort.
-        if aim == "smallest" or config.budget is None:
-            break
-        aim, correction = ("budget", 0) if floor is None else ("smallest", config.budget - floor)
+            outcomes.append(Outcome(aim, plan.planned_peak_bytes, drift, tightened=plan.tightened))
+        aim = next_aim(config.budget, outcomes)
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
+    if not fitting and not attempts and missed is not None:
+        raise missed
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])
     compiled, plan = min(fitting, key=lambda attempt: (attempt[1].gradient_error, attempt[1].time_us))

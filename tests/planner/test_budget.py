@@ -121,9 +121,11 @@ def test_a_schedule_that_needs_more_again_and_again_is_aimed_below(
     budget = int(0.8 * only(free).baseline_peak_bytes)
     plans = replayed(monkeypatch, lambda plan, n: budget + 1 - plan.simulated_peak_bytes if n < 3 else 0)
     found = only(made("lossless", budget))
-    assert [plan.planned_peak_bytes <= budget for plan in plans] == [False, False, True]
+    assert [plan.planned_peak_bytes <= budget for plan in plans] == [False, False, True, True]
     drifts = [plan.planned_peak_bytes - plan.simulated_peak_bytes for plan in plans]
-    assert [plan.correction_bytes for plan in plans] == [0, drifts[0], drifts[1] + budget // 100]
+    first, second, third, nearer = [plan.correction_bytes for plan in plans]
+    assert [first, second, third] == [0, drifts[0], drifts[1] + int(0.03 * budget)]
+    assert nearer == (second + third) // 2, "the third left much of the budget"
     assert found == plans[-1] and found.tightened
 
 
@@ -153,7 +155,7 @@ def test_where_every_schedule_is_over_the_smallest_plan_is_tried_last(
     plans = replayed(monkeypatch, drift)
     found = only(made("lossless", budget))
     assert found.planned_peak_bytes <= 1.01 * smallest
-    assert 3 <= len(plans) <= 7 and len({plan.simulated_peak_bytes for plan in plans}) == len(plans)
+    assert 3 <= len(plans) <= 9 and len({plan.simulated_peak_bytes for plan in plans}) == len(plans)
 
     plans.clear()
     monkeypatch.undo()
