@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import fx
@@ -15,10 +16,13 @@ from ..devices import DeviceProfile
 from ..energy import is_attention_backward
 from ..simulate import tensor_bytes
 
-_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
-#: How much longer than their roofline convolutions take on a GPU: those of whole steps under autocast, on an
-#: H100, 13.6 ms where it says 6.4 (a ResNet) and 36.5 where it says 15.3 (a UNet; docs/budgets.md).
-_CONVOLVED = 2.2
+#: Convolutions, and which argument their weight is.
+_WEIGHT: dict[object, int] = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2}
+#: How much longer than their roofline a GPU's convolutions take where bytes bound them and where operations
+#: do, and by how many input channels its kernels compute. So much makes those of whole steps under autocast
+#: 13.6 ms (a ResNet) and 34.5 (a UNet), and the first of the ResNet, of three channels, 1.2 ms; an H100 took
+#: 13.6, 36.5 and 1.5 to 1.8, where the roofline says 6.4, 15.3 and 0.2 (docs/budgets.md).
+_CONVOLVED, _COMPUTED, _CHANNELS = 1.25, 2.4, 16
 
 
 def node_us(node: fx.Node, device: DeviceProfile) -> float:
@@ -26,8 +30,14 @@ def node_us(node: fx.Node, device: DeviceProfile) -> float:
     moved = tensor_bytes(node.meta.get("val")) + sum(
         tensor_bytes(i.meta.get("val")) for i in node.all_input_nodes
     )
-    longer = _CONVOLVED if device.kind == "cuda" and packet(node) in _CONVOLUTIONS else 1.0
-    return longer * max(device.microseconds(moved), flops(node) / device.flop_per_us(_itemsize(node)))
+    reads, computes = device.microseconds(moved), flops(node) / device.flop_per_us(_itemsize(node))
+    if device.kind == "cuda" and (position := _WEIGHT.get(packet(node))) is not None:
+        weight = node.args[position]
+        assert isinstance(weight, fx.Node)
+        channels = compat.hint(weight.meta["val"].shape[1])
+        reads *= _CONVOLVED
+        computes *= _COMPUTED * ceil(channels / _CHANNELS) * _CHANNELS / channels
+    return max(reads, computes)
 
 
 def flops(node: fx.Node) -> float:

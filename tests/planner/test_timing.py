@@ -46,11 +46,21 @@ def test_grouped_queries_take_the_flops_of_their_query_heads(backward: bool) -> 
     assert flops(attention(2, backward)) == flops(attention(1, backward)) == every
 
 
-@pytest.mark.parametrize(("device", "longer"), [("h100", 2.2), ("cpu", 1.0)])
-def test_a_convolution_takes_longer_than_what_it_moves_on_a_gpu(device: str, longer: float) -> None:
+@pytest.mark.parametrize(
+    ("device", "channels", "size", "longer"),
+    [
+        ("h100", 16, 1, 1.25),  # moves more than it computes
+        ("h100", 512, 7, 2.4),
+        ("h100", 3, 31, 2.4 * 16 / 3),  # computed with as many channels as a tensor core takes
+        ("cpu", 16, 1, 1.0),
+    ],
+)
+def test_a_convolution_takes_longer_than_its_roofline_on_a_gpu(
+    device: str, channels: int, size: int, longer: float
+) -> None:
     graph = fx.Graph()
     with FakeTensorMode():
-        x, weight = torch.empty(8, 16, 32, 32), torch.empty(16, 16, 1, 1)
+        x, weight = torch.empty(8, channels, 64, 64), torch.empty(16, channels, size, size)
         value = torch.nn.functional.conv2d(x, weight)
     values = [graph.placeholder("x"), graph.placeholder("weight")]
     for node, meta in zip(values, (x, weight), strict=True):
@@ -59,6 +69,6 @@ def test_a_convolution_takes_longer_than_what_it_moves_on_a_gpu(device: str, lon
     call = graph.call_function(aten.convolution.default, (*values, *rest))
     call.meta["val"] = value
     profile = named(device)
-    moved = 4 * (x.numel() + weight.numel() + value.numel())
-    work = flops(call) / profile.flop_per_us(4)
-    assert node_us(call, profile) == pytest.approx(longer * max(profile.microseconds(moved), work))
+    moved = profile.microseconds(4 * (x.numel() + weight.numel() + value.numel()))
+    roofline = max(moved, flops(call) / profile.flop_per_us(4))
+    assert node_us(call, profile) == pytest.approx(longer * roofline)
