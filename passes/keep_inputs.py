@@ -24,7 +24,7 @@ class KeepInputs:
     """
 
     def run(self, graphs: Graphs) -> PassResult:
-        saved = graphs.forward_outputs()[graphs.num_fwd_outputs :]
+        saved = {n for n in graphs.forward_outputs()[graphs.num_fwd_outputs :] if isinstance(n, fx.Node)}
         changed = False
         for node in graphs.forward.graph.find_nodes(op="placeholder"):
             if node in saved and self.declines(node) is None:

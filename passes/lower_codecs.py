@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import mul
@@ -40,19 +40,24 @@ class LowerCodecs:
 
     def run(self, graphs: Graphs) -> PassResult:
         traced: dict[object, fx.Graph] = {}  # identical layers are traced once
+        parts: dict[fx.Node, fx.Node] = {}
         changed = False
         for graph in (graphs.forward.graph, graphs.backward.graph):
             for call in list(graph.nodes):
                 if markers.is_marker(call, markers.encode):
-                    self._encode(graph, call, traced)
+                    parts |= self._encode(graph, call, traced)
                 elif markers.is_marker(call, markers.decode):
                     self._decode(graph, call, traced)
                 else:
                     continue
                 changed = True
+        _take_places(graphs.forward.graph, parts)
         return PassResult(changed)
 
-    def _encode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]) -> None:
+    def _encode(
+        self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]
+    ) -> dict[fx.Node, fx.Node]:
+        """Write the codec's nodes beside the marker; which of its parts each of their results is."""
         node, name = call.args
         assert isinstance(node, fx.Node) and isinstance(name, str)
         codec = get_codec(name)
@@ -64,15 +69,12 @@ class LowerCodecs:
         if key not in traced:
             traced[key] = compat.trace(fn, [node])
         results = compat.inline(graph, call, traced[key], [node])
-        for user in list(call.users):
+        parts: dict[fx.Node, fx.Node] = {}
+        for user in call.users:
             (_, index) = user.args
             assert isinstance(index, int)
-            name, value = user.name, user.meta["val"]
-            user.replace_all_uses_with(results[index])
-            graph.erase_node(user)
-            results[index].name = name  # the backward's placeholder has this name
-            results[index].meta["val"] = value
-        graph.erase_node(call)
+            parts[user] = results[index]
+        return parts
 
     def _decode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]) -> None:
         received, name, shape, order, dtype = call.args
@@ -104,6 +106,21 @@ class LowerCodecs:
         result.meta["val"] = call.meta["val"]
         call.replace_all_uses_with(result)
         graph.erase_node(call)
+
+
+def _take_places(graph: fx.Graph, parts: Mapping[fx.Node, fx.Node]) -> None:
+    """Let encoded parts take the places of their markers' results, at once: the output reads them all."""
+    output = graph.output_node()
+    output.args = fx.map_arg(output.args, lambda n: parts.get(n, n))
+    for marked, result in parts.items():
+        marked.replace_all_uses_with(result)
+        call, name = marked.args[0], marked.name
+        assert isinstance(call, fx.Node)
+        graph.erase_node(marked)
+        result.name = name  # the backward's placeholder has this name
+        result.meta["val"] = marked.meta["val"]
+        if not call.users:
+            graph.erase_node(call)
 
 
 def _signature(node: object) -> tuple[object, ...]:
