@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .program import ABSENT, Decision, Problem
+from .screen import Level, Move, Screen
 from .state import State
 
-#: Candidates that change together, and what is chosen for them.
-Move = tuple[tuple[int, ...], int]
 _NOTHING = 1e-9
 
 #: A move of a pass is made if it is still worth this share of what it was worth before the others.
@@ -22,6 +21,9 @@ _STILL_GOOD = 0.5
 
 #: What a move costs besides the candidates it touches: the sum over all steps.
 _MEASURE = 4
+
+#: Moves that are screened in the time in which one candidate is looked at.
+_SCREENED = 50
 
 
 @dataclass
@@ -51,26 +53,28 @@ def descend(problem: Problem, start: Decision, effort: Effort, moves: slice = AL
     Args:
         start: a decision in which nothing is missing.
     """
-    return _Descent(State(problem, start), effort).run(_levels(problem)[moves])
+    return _Descent(State(problem, start), effort).run(moves_of(problem)[moves])
 
 
 class _Descent:
     def __init__(self, state: State, effort: Effort) -> None:
-        self.state, self.effort = state, effort
+        self.state, self.effort, self.screen = state, effort, Screen(state.problem)
 
     def run(self, levels: Sequence[Sequence[Move]]) -> Decision:
         for moves in levels:
-            while self._pass(moves):
+            level = Level.of(moves)
+            while self._pass(level):
                 pass
         return self.state.result()
 
-    def _pass(self, moves: Sequence[Move]) -> bool:
+    def _pass(self, level: Level) -> bool:
         """Make the moves that are worth most, the best first; False if none is."""
-        worth = []
-        for index, move in enumerate(moves):
+        worth, moves = [], level.moves
+        self.effort.work -= len(moves) // _SCREENED
+        for index in self.screen.hopeful(self.state, level):
             if self.effort.over():
                 return False
-            if (gain := self._worth(move)) > 0:
+            if (gain := self._worth(moves[index])) > 0:
                 worth.append((-gain, index))
         moved = False
         meets_limits = self.state.excess() == 0.0
@@ -109,7 +113,7 @@ class _Descent:
         return worth if least is None or worth >= least else 0.0
 
 
-def _levels(problem: Problem) -> list[list[Move]]:
+def moves_of(problem: Problem) -> list[list[Move]]:
     """Moves of whole groups, then of parts of them, then of one candidate."""
     groups: dict[str, list[int]] = {}
     for v, c in enumerate(problem.candidates):

@@ -12,6 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .program import ABSENT, Decision, Problem, Takes, needs, takes
 
@@ -68,6 +69,24 @@ class State:
         """The decision as it is now."""
         return tuple(self.decision)
 
+    @property
+    def saved(self) -> int:
+        """Bytes carried from forward to backward."""
+        return self._saved
+
+    @property
+    def variance(self) -> float:
+        """Relative variance of the gradients."""
+        return self._variance
+
+    def needs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First and last need of each candidate, as ``program.needs`` says."""
+        return np.array(self._first, dtype=np.int64), np.array(self._last, dtype=np.int64)
+
+    def live(self) -> NDArray[np.int64]:
+        """Bytes alive at each step."""
+        return np.cumsum(self._deltas)
+
     def cost(self) -> float:
         """Weighted time and variance; infinite where something needed is neither stored nor rebuilt."""
         return inf if self._missing else self.problem.cost(self._time, self._variance)
@@ -84,8 +103,7 @@ class State:
     def _measured(self) -> float:
         problem, excess = self.problem, 0.0
         if problem.budget is not None:
-            live = np.cumsum(self._deltas)
-            excess += float(np.maximum(live - problem.budget, 0).sum())
+            excess += float(np.maximum(self.live() - problem.budget, 0).sum())
         if problem.max_saved is not None:
             excess += max(0, self._saved - problem.max_saved)
         if problem.max_variance is not None:
