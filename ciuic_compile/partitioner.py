@@ -202,6 +202,7 @@ class Candidate:
         baseline: peaks of Inductor's own partition of the user's graph.
         correction: bytes that Inductor's schedule of an earlier plan needed beyond the simulated peak.
         pair: Inductor's own partition of the user's graph; None of a graph in chunks.
+        trials: what the planner had simulated.
         done: what is in chunks, and the report's sentence on it.
     """
 
@@ -215,6 +216,7 @@ class Candidate:
     correction: int = 0
     infeasible: InfeasibleBudgetError | None = None
     pair: Graphs | None = None
+    trials: Sequence[Trial] = ()
     done: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -234,7 +236,7 @@ class Candidate:
     @cached_property
     def draft(self) -> Draft:
         """Its plan, as far as it is needed to choose."""
-        return make_draft(self.model, self.selection, self.graphs, self.correction)
+        return make_draft(self.model, self.selection, self.graphs, self.correction, self.trials)
 
 
 def partition_joint(
@@ -270,12 +272,14 @@ def partition_joint(
         chunk = chunking.chunk
         chunked = fx.GraphModule(joint, chunk.run(captured)) if chunk is not None else None
         selection, infeasible = select(model), None
+        trials: list[Trial] = []
         if config.budget is not None:
 
             def judge(saved: Sequence[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Peaks:
-                trial = Graphs(*extract(saved), num_fwd_outputs)
+                graphs = Graphs(*extract(saved), num_fwd_outputs)
                 by_name = {n.name: codec for n, codec in codecs.items() if codec}
-                return _peaks(trial, by_name, correction, model.kind)
+                trials.append(Trial.of(graphs, by_name, correction, model.kind))
+                return trials[-1].peaks
 
             try:
                 selection = fit_budget(model, selection, judge, frugal)
@@ -291,12 +295,42 @@ def partition_joint(
             correction=correction,
             infeasible=infeasible,
             pair=pair,
+            trials=[t for t in trials if selection.codecs and t.codecs == selection.codecs.by_name],
         )
         return list(selection.saved)
 
     forward, backward = compat.partition_with(joint, joint_inputs, choose, **kwargs)
     graphs = Graphs(forward, backward, num_fwd_outputs)
     return graphs, Candidate(graphs, **seen) if seen else None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Graphs that were simulated with codecs, as markers, in them.
+
+    Attributes:
+        nodes: what the graphs were before.
+    """
+
+    nodes: tuple[tuple[str, object], ...]
+    codecs: Mapping[str, str]
+    graphs: Graphs
+    peaks: Peaks
+
+    @classmethod
+    def of(cls, graphs: Graphs, codecs: Mapping[str, str], correction: int, kind: str | None) -> Trial:
+        """Simulate graphs once these nodes are stored with these codecs; rewrites the graphs."""
+        nodes = _nodes(graphs)
+        run_pipeline(graphs, default_passes(codecs, kind)[:-1], trial=True)  # markers have the codecs' sizes
+        peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs, kind)
+        peaks = replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
+        return cls(nodes, codecs, graphs, peaks)
+
+
+def _nodes(graphs: Graphs) -> tuple[tuple[str, object], ...]:
+    """What tells two extractions from one joint graph apart."""
+    both = (graphs.forward.graph, graphs.backward.graph)
+    return tuple((node.name, node.target) for graph in both for node in graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -316,8 +350,18 @@ class Draft:
     trial: Graphs
 
 
-def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correction: int = 0) -> Draft:
-    """Choose codecs for a partitioned graph, if the selection has none; the graphs stay as they are."""
+def make_draft(
+    model: MemoryModel,
+    selection: Selection,
+    graphs: Graphs,
+    correction: int = 0,
+    trials: Sequence[Trial] = (),
+) -> Draft:
+    """Choose codecs for a partitioned graph, if the selection has none; the graphs stay as they are.
+
+    Args:
+        trials: simulated before; one of them may be of this very plan.
+    """
     # RNG functionalization and symbol handling may have dropped or added saved values: plan on what is there.
     storages = saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)
     present = {n.name for n in storages}
@@ -326,16 +370,10 @@ def make_draft(model: MemoryModel, selection: Selection, graphs: Graphs, correct
     selection = replace(selection, saved=tuple(n for n in selection.saved if _stays(n, present)))
 
     codecs = selection.codecs or choose_codecs(model, selection)
-    trial = _copy(graphs)
-    peaks = _peaks(trial, codecs.by_name, correction, model.kind)
-    return Draft(selection.saved, codecs, peaks, added, trial)
-
-
-def _peaks(graphs: Graphs, codecs: Mapping[str, str], correction: int, kind: str | None) -> Peaks:
-    """Simulated peaks once these nodes are stored with these codecs; rewrites the graphs."""
-    run_pipeline(graphs, default_passes(codecs, kind)[:-1], trial=True)  # markers have the codecs' own sizes
-    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs, kind)
-    return replace(peaks, forward=peaks.forward + correction, backward=peaks.backward + correction)
+    nodes, by_name = _nodes(graphs), codecs.by_name
+    same = (t for t in trials if t.codecs == by_name and t.nodes == nodes)
+    trial = next(same, None) or Trial.of(_copy(graphs), by_name, correction, model.kind)
+    return Draft(selection.saved, codecs, trial.peaks, added, trial.graphs)
 
 
 def plan_and_rewrite(
