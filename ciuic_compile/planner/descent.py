@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 
 from .program import ABSENT, Decision, Problem
-from .screen import Level, Move, Screen
+from .screen import LEAST, Level, Move, Screen
 from .state import State
-
-_NOTHING = 1e-9
 
 #: A move of a pass is made if it is still worth this share of what it was worth before the others.
 _STILL_GOOD = 0.5
+
+#: Estimates of what moves are worth are made again after so many in a row that were wrong.
+_STALE = 32
 
 #: What a move costs besides the candidates it touches: the sum over all steps.
 _MEASURE = 4
@@ -69,22 +71,34 @@ class _Descent:
 
     def _pass(self, level: Level) -> bool:
         """Make the moves that are worth most, the best first; False if none is."""
-        worth, moves = [], level.moves
-        self.effort.work -= len(moves) // _SCREENED
+        self.effort.work -= len(level.moves) // _SCREENED
+        if self.state.excess() > 0 and self._make(level, self.screen.ranked(self.state, level), _STALE):
+            return True
+        worth = []
         for index in self.screen.hopeful(self.state, level):
             if self.effort.over():
                 return False
-            if (gain := self._worth(moves[index])) > 0:
-                worth.append((-gain, index))
-        moved = False
+            if (gain := self._worth(level.moves[index])) > 0:
+                worth.append((gain, index))
+        return self._make(level, sorted(worth, key=lambda w: (-w[0], w[1])))
+
+    def _make(self, level: Level, ranked: Sequence[tuple[float, int]], stale: float = inf) -> bool:
+        """Make those moves, of these with their worths, that are still worth it.
+
+        Args:
+            stale: when so many in a row are not, what they are worth had better be asked again.
+        """
+        moved, failed = False, 0
         meets_limits = self.state.excess() == 0.0
-        for negative, index in sorted(worth):
-            if self.effort.over():
-                return False
-            if self._worth(moves[index], least=-negative * _STILL_GOOD) > 0:
-                moved = True
+        for worth, index in ranked:
+            if self.effort.over() or failed >= stale:
+                break
+            if self._worth(level.moves[index], least=worth * _STILL_GOOD) > 0:
+                moved, failed = True, 0
                 if not meets_limits and self.state.excess() == 0.0:
                     break  # from here on another thing is wanted
+            else:
+                failed += 1
         return moved
 
     def _worth(self, move: Move, least: float | None = None) -> float:
@@ -102,12 +116,12 @@ class _Descent:
         self.effort.work -= state.work - done + _MEASURE
         cost, excess = state.cost(), state.excess()
         worth = 0.0
-        if cost < float("inf"):
+        if cost < inf:
             if over > 0:
-                worth = (over - excess) / max(cost - before, _NOTHING * max(before, 1.0))
+                worth = (over - excess) / max(cost - before, LEAST * max(before, 1.0))
             elif excess == 0:
                 worth = before - cost
-                worth = worth if worth > _NOTHING * before else 0.0
+                worth = worth if worth > LEAST * before else 0.0
         if least is None or worth < least or worth <= 0:
             state.undo(undo)
         return worth if least is None or worth >= least else 0.0

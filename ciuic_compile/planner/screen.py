@@ -22,6 +22,9 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+#: What is no cost beside that of a decision, as a share of it.
+LEAST = 1e-9
+
 #: A limit on the variance is broken for certain by this share of it: sums are kept up to date.
 _ROUNDING = 1e-8
 
@@ -93,6 +96,36 @@ class Screen:
             alone = level.starts[single]  # others of a larger move may give back what one takes
             hopeful[single] &= (more[alone] <= 0) | ~self._breaks(now, members[alone], more[alone])
         return self._list(hopeful)
+
+    def ranked(self, state: State, level: Level) -> list[tuple[float, int]]:
+        """What moves that store the same in fewer bytes take off the steps over the budget, for their cost.
+
+        Counted is what is carried alone, at each step no more than is over.
+
+        Returns:
+            pairs of that and the move's index, the best first.
+        """
+        budget = self.problem.budget
+        if not level.moves or budget is None:
+            return []
+        now = _Now(self, state)
+        assert now.live is not None
+        beyond = np.maximum(now.live - budget, 0)
+        steps, nbytes = (np.concatenate([[0], np.cumsum(each)]) for each in (beyond > 0, beyond))
+        until = np.where(now.needed, now.first, self.problem.forward_steps)
+        start = np.minimum(self._last_use + 1, until)
+        members, choices = level.members, level.choices
+        fewer = np.maximum(now.nbytes[members] - self._nbytes[members, choices], 0)
+        off = np.minimum(
+            fewer * (steps[until] - steps[start])[members], (nbytes[until] - nbytes[start])[members]
+        )
+        worth = np.add.reduceat(off, level.starts).astype(float)
+        cost = np.add.reduceat(self._cost[members, choices] - now.saves[members], level.starts)
+        stored = now.stored[members] & (choices != ABSENT)
+        worth[~np.logical_and.reduceat(stored, level.starts)] = 0.0
+        worth /= np.maximum(cost, LEAST * max(state.cost(), 1.0))
+        best = np.argsort(-worth, kind="stable")
+        return [(float(worth[i]), int(i)) for i in best[: int((worth > 0).sum())]]
 
     def _list(self, hopeful: Bools) -> list[int]:
         found: list[int] = np.flatnonzero(hopeful).tolist()

@@ -202,7 +202,8 @@ class Search:
         """What greedy moves find; for the smallest peak, under one budget after the other."""
         effort = self._effort(_GREEDY)
         if self.metric in ("cost", "any"):
-            self.offer(descend(self.problem, start, effort))
+            later = self.large and self.warm is None  # it is relaxed next, and single moves mend that
+            self.offer(descend(self.problem, start, effort, GROUPS if later else ALL))
         if self.metric != "peak" or not self.problem.base:
             return
         high = evaluate(self.problem, start).peak_bytes
@@ -351,7 +352,7 @@ class Search:
         raw = self.relaxation.decision(result.x)
         found = self.offer(raw)
         if self.metric == "cost" and not found.feasible and not found.missing:
-            self.offer(descend(self.problem, tidy(self.problem, raw), self._effort(_MEND)))
+            self.offer(descend(self.problem, tidy(self.problem, raw), self._effort(_MEND), SINGLES))
         if self.gap() <= self.target and self.best is not None:
             return None
         if self._separate(tidy(self.problem, raw), result.x, found, rounded=linear):

@@ -8,7 +8,8 @@ from math import inf
 
 import numpy as np
 
-from ciuic_compile.planner.descent import moves_of
+from bench.plan_time import budgets, layered
+from ciuic_compile.planner.descent import SINGLES, Effort, descend, moves_of
 from ciuic_compile.planner.program import ABSENT, Problem, evaluate
 from ciuic_compile.planner.screen import Level, Screen, tops
 from ciuic_compile.planner.state import State
@@ -62,6 +63,16 @@ def test_what_is_screened_out_is_worth_nothing() -> None:
                     assert not better, (trial, moves[index])
                 state.undo(undo)
     assert dropped > kept > 1000  # most of them
+
+
+def test_a_deep_model_comes_within_its_budget_for_little_work() -> None:
+    """Single moves in the order of what they seem to be worth: not each is tried before the first is made."""
+    problem = layered(100)
+    start = tuple(0 for _ in problem.candidates)
+    limited = replace(problem, budget=budgets(problem, (0.5,))[0])
+    choices = sum(len(moves) for moves in moves_of(problem)[SINGLES])
+    found = evaluate(limited, descend(limited, start, Effort(2 * choices), SINGLES))
+    assert found.feasible
 
 
 def test_the_most_of_each_stretch() -> None:
