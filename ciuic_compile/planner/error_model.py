@@ -129,7 +129,8 @@ class ErrorModel:
         if self._measured is not None:
             return list(self._measured.shares)
         guessed = [self._energy.total(n) for n in self._captured.bwd_outputs]
-        return [TRUST * g / sum(guessed) + (1 - TRUST) * s for g, s in zip(guessed, self._sizes, strict=True)]
+        whole = sum(guessed)
+        return [TRUST * g / whole + (1 - TRUST) * s for g, s in zip(guessed, self._sizes, strict=True)]
 
     @cached_property
     def cautious(self) -> list[float]:
@@ -147,7 +148,8 @@ class ErrorModel:
     def _sizes(self) -> list[float]:
         """Share of each gradient output in the number of elements."""
         sizes = [numel(n) for n in self._captured.bwd_outputs]
-        return [s / sum(sizes) for s in sizes]
+        whole = sum(sizes)
+        return [s / whole for s in sizes]
 
     def _gain(self, node: fx.Node) -> float:
         gains = self._measured.gains if self._measured is not None else {}
