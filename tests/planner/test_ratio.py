@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from bench.plan_time import deep
+from ciuic_compile import Plan, partitioner, planning
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.planner import Codecs, choose_codecs, rounding_error
 from tests.stages import memory_of_the_device, stage
@@ -76,3 +79,23 @@ def test_the_users_own_cap_comes_first() -> None:
     capped, _ = planned(torch.bfloat16, 1, mode="1.5:1", max_error=cap)
     assert capped.variance <= cap**2 * (1 + 1e-6)
     assert capped.nbytes > free.nbytes
+
+
+def test_the_graphs_that_a_plan_was_judged_on_are_those_of_its_draft() -> None:
+    """Simulated once: the draft made of copies of the partitioned graphs is the same."""
+    model, ids = deep(4)
+
+    def plan_within(share: float | None) -> Plan:
+        options = {"mode": "lossless"} if share is None else {"mode": "2:1", "budget": int(share * free)}
+        (plan,) = planning.plan(model, (ids, ids), options=options)
+        return plan
+
+    free = plan_within(None).planned_peak_bytes
+    with mock.patch.object(partitioner, "simulate", wraps=partitioner.simulate) as simulated:
+        plan = plan_within(0.5)
+        calls = simulated.call_count
+        with mock.patch.object(partitioner, "_nodes", side_effect=lambda graphs: (("", graphs),)):
+            again = plan_within(0.5)
+    assert plan.tightened and simulated.call_count == 2 * calls + 1
+    assert (plan.decisions, plan.planned_peak_bytes) == (again.decisions, again.planned_peak_bytes)
+    assert plan.timeline == again.timeline and plan.timeline is not None
