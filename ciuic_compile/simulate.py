@@ -12,10 +12,9 @@ those at the example's sizes; of the same changes ``symbolize.py`` makes functio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import fx
@@ -51,12 +50,14 @@ class Peaks:
 
     Attributes:
         changes: what appears and goes in either graph, where sizes are dynamic.
+        rest: names of what the backward computes at its peak and after it, in order.
     """
 
     saved: int
     forward: int
     backward: int
     changes: tuple[tuple[Change, ...], ...] = field(default=(), compare=False, repr=False)
+    rest: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def peak(self) -> int:
@@ -79,18 +80,27 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
     beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
     all_along = Counter(_size(n.meta.get("val"), hints) for n in beside)
+    late = changes_by_step(backward, live, target, hints)
     changes = (
-        _changes(forward, {}, target, hints),
-        (*all_along.items(), *_changes(backward, live, target, hints)),
+        _joined(changes_by_step(forward, {}, target, hints)),
+        (*all_along.items(), *_joined(late)),
     )
     total = sum(tensor_bytes(n.meta["val"]) for n in saved)
-    forward_peak, backward_peak = (_peak(part, hints) for part in changes)
-    return Peaks(total, forward_peak, backward_peak, changes if hints else ())
+    forward_peak, backward_peak = (max(_alive(part, hints), default=0) for part in changes)
+    now, tops = 0, list[int]()
+    for step in late:
+        *_, now = alive = [now, *_alive(step.changes, hints, now)]
+        tops.append(max(alive))
+    at = tops.index(max(tops))
+    rest = tuple(node.name for step in late[at:] for node in step.kernel)
+    return Peaks(total, forward_peak, backward_peak, changes if hints else (), rest)
 
 
-def _peak(changes: Iterable[Change], hints: Mapping[Size, int]) -> int:
-    """Most bytes alive after any of the changes."""
-    return max(accumulate(hints.get(size, size) * count for size, count in changes), default=0)
+def _alive(changes: Iterable[Change], hints: Mapping[Size, int], before: int = 0) -> Iterator[int]:
+    """Bytes alive after each of the changes."""
+    for size, count in changes:
+        before += hints.get(size, size) * count
+        yield before
 
 
 def _size(value: object, hints: dict[Size, int]) -> Size:
@@ -138,17 +148,22 @@ class _Target:
     kind: str | None
 
 
-def _changes(
-    graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
-) -> tuple[Change, ...]:
-    """What appears and goes while a graph runs, in order."""
-    steps = changes_by_step(graph, live_inputs, target, hints)
-    return tuple(change for step in steps for change in step if change[0] != 0)
+@dataclass(frozen=True)
+class Step:
+    """A kernel, or none before the first, and what appears and goes there."""
+
+    kernel: Sequence[fx.Node]
+    changes: Sequence[Change]
+
+
+def _joined(steps: Iterable[Step]) -> tuple[Change, ...]:
+    """What appears and goes in all of them, in order."""
+    return tuple(change for step in steps for change in step.changes if change[0] != 0)
 
 
 def changes_by_step(
     graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
-) -> list[list[Change]]:
+) -> list[Step]:
     """What appears and goes before the first kernel of a graph, and at each of them.
 
     Args:
@@ -169,7 +184,7 @@ def changes_by_step(
     dying: dict[int, dict[fx.Node, Size]] = {}  # step -> bytes of what is last used there
     for node, size in live_inputs.items():
         dying.setdefault(last_use.get(node, 0), {})[node] = size
-    changes: list[list[Change]] = [list(Counter(live_inputs.values()).items())]
+    steps = [Step((), list(Counter(live_inputs.values()).items()))]
     for now, kernel in enumerate(kernels):
         made = [
             made
@@ -186,8 +201,8 @@ def changes_by_step(
         for storage, size in made:
             dying.setdefault(last_use.get(storage, now), {})[storage] = size
         step_changes += [(size, -count) for size, count in Counter(dying.pop(now, {}).values()).items()]
-        changes.append([*step_changes, *new.items()])
-    return changes
+        steps.append(Step(kernel, [*step_changes, *new.items()]))
+    return steps
 
 
 def _results(node: fx.Node, hints: dict[Size, int]) -> list[tuple[fx.Node, Size]]:

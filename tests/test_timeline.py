@@ -25,6 +25,7 @@ from ciuic_compile.capture import owner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.report import from_json, to_json
 from ciuic_compile.simulate import (
+    Step,
     _size,
     _Target,
     changes_by_step,
@@ -78,11 +79,11 @@ def simulated(graphs: Graphs) -> list[int]:
     return first + [c + rest for c in curve(changes_by_step(backward, live, target, hints), hints)]
 
 
-def curve(steps: list[list[Any]], hints: dict[Any, int]) -> list[int]:
+def curve(steps: list[Step], hints: dict[Any, int]) -> list[int]:
     """Most bytes alive during each step."""
     found, live = [], 0
     for step in steps:
-        sums = list(accumulate((hints.get(size, size) * count for size, count in step), initial=live))
+        sums = list(accumulate((hints.get(size, size) * count for size, count in step.changes), initial=live))
         found.append(max(sums[1:] or sums))
         live = sums[-1]
     return found

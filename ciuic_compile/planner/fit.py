@@ -19,10 +19,12 @@ Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
 #: Shares of the deadline for one answer after the other; those after the first go on from it.
 _SHARES = (0.35, 0.25, 0.15, 0.1)
-#: Where none of them is within the budget: how much lower those after them are aimed, as a share of it, and
-#: the deadline's share for each. (What a ResNet's program was off by grew with every answer, by 10 of 3,684
-#: MiB in the last; the smallest plan takes 5 times as long as the one that fits.)
-_LOWER, _MORE = (0.01, 0.03, 0.1), 0.02
+#: Answers after which the program is raised where they were over the budget, if all were.
+_LOCAL = 2
+#: Where none of those above is within the budget: how much lower those after them are aimed, as a share of
+#: it, and the deadline's share for each. (What a ResNet's program was off by grew with every answer; the
+#: smallest plan costs three times what the one that fits does.)
+_LOWER, _MORE = (0.0, 0.01, 0.03, 0.1), 0.02
 #: That for the prices.
 _PRICES = 0.08
 _GAP = 0.005
@@ -75,7 +77,8 @@ def fit(
     """The cheapest decision whose simulated peak is within ``budget`` bytes.
 
     The program's peak is an estimate of the rewritten graphs'; what it was off by is taken off its budget,
-    and it is solved again, a few times.
+    and it is solved again, a few times. Where that does not do, it is raised at the steps where the graphs'
+    peaks were: kernels that compute several values at once need more than the program knows there.
 
     Args:
         start: a decision that saves little.
@@ -99,18 +102,20 @@ def fit(
     drift = first.drift
     starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[Bound] = []
-    enough = 0.0
+    enough, raised = 0.0, problem
     rounds = [*((share, 0.0) for share in _SHARES), *((_MORE, lower) for lower in _LOWER)]
     clock = Clock(seconds * sum(share for share, _ in rounds))
-    for share, lower in rounds:
-        if lower and any(within_limits(f) for f in tried):
+    for number, (share, lower) in enumerate(rounds):
+        missed = not any(map(within_limits, tried))
+        if number >= len(_SHARES) and not missed:
             break
-        drift += int(lower * budget)
-        within = replace(problem, budget=budget - drift)
+        if number >= _LOCAL and missed:
+            raised, drift = _raised(formulation, problem, first.drift, tried), first.drift
+        within = replace(raised, budget=budget - drift - int(lower * budget))
         solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
             struck |= solution.struck
-            bounds += solution.bounds
+            bounds += solution.bounds if raised is problem else ()
         if solution.decision is None:
             break
         if solution.decision in starts:
@@ -120,18 +125,23 @@ def fit(
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
-        drift = found.drift
+        drift = found.drift if raised is problem else drift
         room = budget - found.peaks.peak
-        if isinstance(solution, Infeasible) and room < 0:
+        if isinstance(solution, Infeasible) and room < 0 and (number == 0 or raised is not problem):
             break
         # The bound must be of a program that leaves room for this answer's own drift.
         enough = found.gap + _WIDER if _GAP < found.gap < 1.0 else _GAP
         proved = _certified(found, budget, bounds).gap <= enough
-        if 0 <= room <= _ROOM * budget and proved:
+        if 0 <= room <= _ROOM * budget and (proved or raised is not problem):
             break
     fitting = list(filter(within_limits, tried))
     if fitting:
-        best = _certified(min(fitting, key=lambda f: f.evaluation.cost), budget, bounds)
+        best = min(fitting, key=lambda f: f.evaluation.cost)
+        if raised is not problem:  # what was proved of that program says nothing of this one
+            known = replace(problem, budget=budget - best.drift)
+            proof = solve(known, seconds * _MORE, _GAP, [best.decision], None, clock.left(), bounds)
+            bounds += () if isinstance(proof, Infeasible) else proof.bounds
+        best = _certified(best, budget, bounds)
         limited = replace(problem, budget=max(budget - best.drift, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _PRICES, _GAP)
         return replace(best, struck=struck, price=price)
@@ -145,6 +155,21 @@ def fit(
     if keeping and least.peaks.peak <= budget:
         return replace(least, struck=struck)
     raise _infeasible(formulation, budget, least.peaks.peak, certificate)
+
+
+def _raised(formulation: Formulation, problem: Problem, drift: int, tried: Sequence[Fit]) -> Problem:
+    """The program with as much more alive as answers needed where their graphs' peaks were.
+
+    Args:
+        drift: what is taken off the budget at every step.
+    """
+    base = list(problem.base)
+    for found in tried:
+        step = next((formulation.steps[name] for name in found.peaks.rest if name in formulation.steps), None)
+        if step is not None and found.peaks.peak > found.peaks.forward:
+            more = found.peaks.peak - drift - int(found.evaluation.live_bytes[step])
+            base[step] = max(base[step], problem.base[step] + more)
+    return replace(problem, base=tuple(base))
 
 
 def _certified(found: Fit, budget: int, bounds: Sequence[Bound]) -> Fit:

@@ -39,11 +39,16 @@ _SMALL = 0.05
 
 @dataclass(frozen=True)
 class Formulation:
-    """A planning problem without limits, and the graph's nodes behind its candidates."""
+    """A planning problem without limits, and the graph's nodes behind its candidates.
+
+    Attributes:
+        steps: of the backward's nodes, by name.
+    """
 
     problem: Problem
     nodes: tuple[fx.Node, ...]
     model: MemoryModel
+    steps: Mapping[str, int]
 
     def decision(self, saved: Iterable[fx.Node], codecs: Mapping[fx.Node, str | None]) -> Decision:
         """The decision that stores these nodes with these codecs."""
@@ -127,7 +132,8 @@ class _Builder:
             tuple(candidates),
             variance_weight=_ERROR_AS_TIME * self.step_us,
         )
-        return Formulation(problem, tuple(nodes), self.model)
+        steps = {node.name: self.step[node] for node in self._backward}
+        return Formulation(problem, tuple(nodes), self.model, steps)
 
     # ------------------------------------------------------------ steps
 

@@ -17,7 +17,7 @@ class Plain:
     """A formulation whose "nodes" are the decision itself."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+        self.problem, self.steps = problem, {"late": 2}
 
     def saved(self, decision: Decision) -> Decision:
         return decision
@@ -100,3 +100,29 @@ def test_a_round_without_a_plan_does_not_end_the_search_of_a_large_problem(
     start = (ABSENT,) * 5 + (0,)
     found = fit(Plain(problem), 1170, start, (every, judge(every)), judge, 10.0)  # type: ignore[arg-type]
     assert (found.evaluation.cost, found.gap) == (17.0, 0.0)
+
+
+def test_the_program_is_raised_where_graphs_over_the_budget_had_their_peaks() -> None:
+    """A kernel at step 2 keeps 50 bytes more wherever both of two values are made again there.
+
+    Taking that off the budget of every step leaves nothing at step 3.
+    """
+    values = [
+        Candidate(f"v{i}", 100, 0, 0, (read,), (Store(100),), Rebuild(us))
+        for i, (read, us) in enumerate([(2, 1.0), (2, 2.0), (3, 50.0)])
+    ]
+    problem = Problem(2, (0, 150, 0, 205), tuple(values))
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        found = evaluate(problem, decision)
+        if decision == start:
+            return SimpleNamespace(peak=400, forward=0, rest=())
+        fused = int(found.live_bytes[2]) + 50 if decision[:2] == (ABSENT, ABSENT) else 0
+        forward = int(max(found.live_bytes[:2]))
+        return SimpleNamespace(peak=max(found.peak_bytes, fused), forward=forward, rest=("again", "late"))
+
+    every, start = (0, 0, 0), (ABSENT, ABSENT, ABSENT)
+    formulation: Any = Plain(problem)
+    found = fit(formulation, 310, start, (every, judge(every, None)), judge, 10.0)
+    assert found.decision == (ABSENT, 0, ABSENT) and found.peaks.peak <= 310
+    assert 0 < found.bound <= 3.0, "of the program as it was, which two values made again would fit"
