@@ -19,7 +19,7 @@ Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
 #: Shares of the deadline for one answer after the other; those after the first go on from it.
 _SHARES = (0.35, 0.25, 0.15, 0.1)
-#: Answers after which the program is raised where they were over the budget, if all were.
+#: Answers after which the program is raised where they had their peaks, if the last was over the budget.
 _LOCAL = 2
 #: Where none of those above is within the budget: how much lower those after them are aimed, as a share of
 #: it, and the deadline's share for each. (What a ResNet's program was off by grew with every answer; the
@@ -109,8 +109,9 @@ def fit(
         missed = not any(map(within_limits, tried))
         if number >= len(_SHARES) and not missed:
             break
-        if number >= _LOCAL and missed:
-            raised, drift = _raised(formulation, problem, first.drift, tried), first.drift
+        if number >= _LOCAL and tried[-1].peaks.peak > budget:
+            drift = min(f.drift for f in tried)
+            raised = _raised(formulation, problem, drift, tried)
         within = replace(raised, budget=budget - drift - int(lower * budget))
         solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
