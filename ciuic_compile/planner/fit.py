@@ -119,7 +119,7 @@ def fit(
             bounds += solution.bounds if raised is problem else ()
         if solution.decision is None:
             break
-        if solution.decision in starts:
+        if any(solution.decision == f.decision for f in tried):
             continue  # another is found only lower
         starts.append(warm := solution.decision)
         found = judged(solution.decision)

@@ -72,6 +72,21 @@ def test_an_answer_whose_own_drift_leaves_room_is_not_the_last() -> None:
     assert (found.peaks.peak, found.evaluation.cost, found.gap) == (1200, 1.0, 0.0)
 
 
+def test_a_start_that_is_the_answer_is_judged_too() -> None:
+    """It alone is within the first round's budget; what is found lower would cost more."""
+    value = Candidate(
+        "v", 100, 0, 0, (2,), (Store(100), Store(50, 1.0, codec="int8"), Store(10, 9.0, codec="int4"))
+    )
+    problem = Problem(2, (0, 1000, 0, 0), (value,))
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes + 10 * (decision == (0,)))
+
+    formulation: Any = Plain(problem)
+    found = fit(formulation, 1060, (1,), ((0,), judge((0,), None)), judge, 10.0)
+    assert (found.decision, found.evaluation.cost, found.gap) == ((1,), 1.0, 0.0)
+
+
 def test_time_that_runs_out_between_two_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     value = Candidate("v", 10, 0, 0, (1,), (Store(10),), Rebuild(1.0))
     search = Search(Problem(1, (0, 0), (value,), budget=15), "cost", 100.0, 0.0)
