@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ciuic_compile.planner import search
 from ciuic_compile.planner.fit import fit
 from ciuic_compile.planner.program import ABSENT, Candidate, Decision, Problem, Rebuild, Store, evaluate
 from ciuic_compile.planner.search import Search
+from ciuic_compile.planner.solve import solve as solve_once
 
 
 class Plain:
@@ -85,6 +87,27 @@ def test_a_start_that_is_the_answer_is_judged_too() -> None:
     formulation: Any = Plain(problem)
     found = fit(formulation, 1060, (1,), ((0,), judge((0,), None)), judge, 10.0)
     assert (found.decision, found.evaluation.cost, found.gap) == ((1,), 1.0, 0.0)
+
+
+def test_the_same_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first round finds was known, and within the budget: nothing is left to correct."""
+    value = Candidate("v", 100, 0, 0, (2,), (Store(100), Store(50, 1.0, codec="int8")))
+    problem = Problem(2, (0, 1000, 0, 0), (value,))
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes)
+
+    fits = importlib.import_module("ciuic_compile.planner.fit")
+    asked: list[int | None] = []
+
+    def solve(problem: Problem, *args: Any) -> Any:
+        asked.append(problem.budget)
+        return solve_once(problem, *args)
+
+    monkeypatch.setattr(fits, "solve", solve)
+    formulation: Any = Plain(problem)
+    found = fit(formulation, 1060, (0,), ((1,), judge((1,), None)), judge, 10.0)
+    assert (found.decision, found.gap, asked) == ((1,), 0.0, [1060])
 
 
 def test_time_that_runs_out_between_two_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
