@@ -34,7 +34,7 @@ def node_us(node: fx.Node, device: DeviceProfile) -> float:
     if device.kind == "cuda" and (position := _WEIGHT.get(packet(node))) is not None:
         weight = node.args[position]
         assert isinstance(weight, fx.Node)
-        channels = compat.hint(weight.meta["val"].shape[1])
+        channels = max(1, compat.hint(weight.meta["val"].shape[1]))
         reads *= _CONVOLVED
         computes *= _COMPUTED * ceil(channels / _CHANNELS) * _CHANNELS / channels
     return max(reads, computes)

@@ -52,6 +52,7 @@ def test_grouped_queries_take_the_flops_of_their_query_heads(backward: bool) -> 
         ("h100", 16, 1, 1.25),  # moves more than it computes
         ("h100", 512, 7, 2.4),
         ("h100", 3, 31, 2.4 * 16 / 3),  # computed with as many channels as a tensor core takes
+        ("h100", 0, 1, 1.25),
         ("cpu", 16, 1, 1.0),
     ],
 )
