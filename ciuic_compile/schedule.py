@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import compat, markers
-from .capture import extent, owner
+from .capture import extent, owner, tensor
 from .classify import is_reduction, packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
@@ -116,8 +116,8 @@ def written_over(
 ) -> set[fx.Node]:
     """The storages that a kernel's results take the place of (scheduler.py, ``decide_inplace_update``).
 
-    A value is written over one that it reads, of its size, where nothing but what it is computed from still
-    reads that. A library's call writes over nothing.
+    A value is written over one that it reads, of its size and dtype, where nothing but what it is computed
+    from still reads that. A library's call writes over nothing.
 
     Args:
         dying: bytes of what is last used here.
@@ -132,10 +132,16 @@ def written_over(
             users.setdefault(storage, set()).add(node)
     for node in above:
         for storage in sorted(stored[node] - over, key=lambda s: s.name) if node in made else ():
-            if dying.get(storage) == made[node] and users[storage] <= above[node]:
+            alike = dying.get(storage) == made[node] and _dtype(storage) == _dtype(node)
+            if alike and users[storage] <= above[node]:
                 over.add(storage)
                 break
     return over
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = tensor(node)
+    return None if value is None else value.dtype
 
 
 def _elements(node: fx.Node) -> Size:

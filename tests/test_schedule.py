@@ -139,6 +139,13 @@ def test_what_a_value_is_computed_from_may_read_the_same() -> None:
     assert made.over(made.call(aten.sub.Tensor, logits, largest), dying=logits)
 
 
+def test_a_value_is_not_written_over_one_of_another_dtype() -> None:
+    """Though it has as many bytes (``can_match_buffer_size``)."""
+    made = Made()
+    product = made.mm(made.x)
+    assert not made.over(made.call(aten._to_copy.default, product, dtype=torch.int32), dying=product)
+
+
 def test_a_matmul_writes_over_nothing() -> None:
     made = Made()
     product = made.mm(made.x)
