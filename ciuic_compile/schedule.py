@@ -28,6 +28,8 @@ _SCATTERED: dict[object, int] = {
 }
 #: Write a buffer of their own, and compute there what they put into it.
 _GATHERING = {*_SCATTERED, aten.cat, aten.scatter}
+#: Read their first argument where their other ones say.
+_PLACED = {aten.index, aten.gather, aten.embedding}
 _DISTANCE = 64  # kernels: values that read the same are not computed together from further apart
 
 Stored = Mapping[fx.Node, frozenset[fx.Node]]
@@ -117,7 +119,7 @@ def written_over(
     """The storages that a kernel's results take the place of (scheduler.py, ``decide_inplace_update``).
 
     A value is written over one that it reads, of its size and dtype, where nothing but what it is computed
-    from still reads that. A library's call writes over nothing.
+    from still reads that, each element where it is written. A library's call writes over nothing.
 
     Args:
         dying: bytes of what is last used here.
@@ -126,17 +128,34 @@ def written_over(
     over = set[fx.Node]()
     above: dict[fx.Node, set[fx.Node]] = {}  # of the same kernel, what each is computed from, and itself
     users: dict[fx.Node, set[fx.Node]] = {}
+    elsewhere = set[fx.Node]()
     for node in () if is_external(kernel[0]) else kernel:
         above[node] = {node}.union(*(above.get(_maker(s), ()) for s in stored[node]))
         for storage in stored[node]:
             users.setdefault(storage, set()).add(node)
+        elsewhere |= _read_elsewhere(node, stored)
     for node in above:
-        for storage in sorted(stored[node] - over, key=lambda s: s.name) if node in made else ():
+        for storage in sorted(stored[node] - over - elsewhere, key=lambda s: s.name) if node in made else ():
             alike = dying.get(storage) == made[node] and _dtype(storage) == _dtype(node)
             if alike and users[storage] <= above[node]:
                 over.add(storage)
                 break
     return over
+
+
+def _read_elsewhere(node: fx.Node, stored: Stored) -> set[fx.Node]:
+    """The storages that a value is computed from, but not each element from the same one."""
+    found, stack, seen = set[fx.Node](), [(node, False)], set[tuple[fx.Node, bool]]()
+    while stack:
+        reader, placed = stack.pop()
+        for index, source in enumerate(reader.all_input_nodes):
+            base, moved = owner(source), placed or (index == 0 and packet(reader) in _PLACED)
+            if moved and base in stored[node]:
+                found.add(base)
+            if base not in stored[node] and base not in stored and (base, moved) not in seen:
+                seen.add((base, moved))
+                stack.append((base, moved))
+    return found
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:

@@ -146,6 +146,14 @@ def test_a_value_is_not_written_over_one_of_another_dtype() -> None:
     assert not made.over(made.call(aten._to_copy.default, product, dtype=torch.int32), dying=product)
 
 
+def test_a_value_is_not_written_over_what_it_reads_in_another_order() -> None:
+    made = Made()
+    rows = made.placeholder("primals_2", 64, dtype=torch.int64)
+    product = made.mm(made.x)
+    shuffled = made.sin(made.call(aten.index.Tensor, product, [rows]))
+    assert not made.over(shuffled, dying=product)
+
+
 def test_a_matmul_writes_over_nothing() -> None:
     made = Made()
     product = made.mm(made.x)
