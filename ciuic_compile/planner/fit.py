@@ -103,9 +103,7 @@ def fit(
     starts, tried, warm, struck = [start, first.decision], [first], None, False
     bounds: list[Bound] = []
     enough, raised = 0.0, problem
-    idle: tuple[int | None, tuple[int, ...]] | None = (
-        None  # budget and base of a program that told nothing new
-    )
+    idle: Problem | None = None  # a program that told nothing new
     rounds = [*((share, 0.0) for share in _SHARES), *((_MORE, lower) for lower in _LOWER)]
     clock = Clock(seconds * sum(share for share, _ in rounds))
     for number, (share, lower) in enumerate(rounds):
@@ -116,7 +114,7 @@ def fit(
             drift = min(f.drift for f in tried)
             raised = _raised(formulation, problem, drift, tried)
         within = replace(raised, budget=budget - drift - int(lower * budget))
-        if (within.budget, within.base) == idle:
+        if idle is not None and (within.budget, within.base) == (idle.budget, idle.base):
             continue
         solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
@@ -125,7 +123,7 @@ def fit(
         if solution.decision is None:
             break
         if any(solution.decision == f.decision for f in tried):
-            idle = within.budget, within.base  # another is found only lower
+            idle = within  # another is found only lower
             continue
         starts.append(warm := solution.decision)
         found = judged(solution.decision)
