@@ -150,9 +150,9 @@ def fit(
         limited = replace(problem, budget=max(budget - best.drift, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _PRICES, _GAP)
         return replace(best, struck=struck, price=price)
-    # These two are tried whatever the budget: the smallest peak that is named can be had by asking for it.
-    certificate = solve(replace(problem, budget=0), seconds, _GAP, starts)
-    every = [judged(start), *tried]
+    # These are tried whatever the budget: the smallest peak that is named can be had by asking for it.
+    certificate = solve(replace(problem, budget=0), seconds, _GAP, [start, first.decision])
+    every = [judged(start), first]
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         every.append(judged(certificate.decision))
     keeping = [f for f in every if _keeps_limits(problem, f.evaluation)]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ciuic_compile.errors import InfeasibleBudgetError
 from ciuic_compile.planner import search
 from ciuic_compile.planner.fit import fit
 from ciuic_compile.planner.program import ABSENT, Candidate, Decision, Problem, Rebuild, Store, evaluate
 from ciuic_compile.planner.search import Search
 from ciuic_compile.planner.solve import solve as solve_once
+from tests.planner.planning import random_problem
 
 
 class Plain:
@@ -20,6 +23,8 @@ class Plain:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.steps = problem, {"late": 2}
+        self.nodes = [SimpleNamespace(name=c.name, target=c.name) for c in problem.candidates]
+        self.model = SimpleNamespace(source=lambda node: SimpleNamespace(file="", line=0, module=""))
 
     def saved(self, decision: Decision) -> Decision:
         return decision
@@ -164,3 +169,27 @@ def test_the_program_is_raised_where_graphs_over_the_budget_had_their_peaks() ->
     found = fit(formulation, 310, start, (every, judge(every, None)), judge, 10.0)
     assert found.decision == (ABSENT, 0, ABSENT) and found.peaks.peak <= 310
     assert 0 < found.bound <= 3.0, "of the program as it was, which two values made again would fit"
+
+
+@pytest.mark.parametrize("seed", [1246, 1562, 2467, 1, 2, 3])
+def test_the_smallest_peak_that_an_error_names_can_be_had(seed: int) -> None:
+    """Also where another budget's answer is smaller: graphs are off by what they like."""
+    rng = random.Random(seed)
+    problem = random_problem(rng)
+    formulation: Any = Plain(problem)
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        peak = evaluate(problem, decision).peak_bytes
+        drift = random.Random(repr(decision)).randint(-peak // 3, peak // 3)
+        return SimpleNamespace(peak=peak + drift, forward=0, rest=())
+
+    every = tuple(0 if c.stores else ABSENT for c in problem.candidates)
+    start = tuple(ABSENT if c.rebuild else 0 for c in problem.candidates)
+
+    def planned(budget: int) -> int:
+        return int(fit(formulation, budget, start, (every, judge(every, None)), judge, 10.0).peaks.peak)
+
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        planned(int(rng.uniform(0.3, 1.0) * evaluate(problem, start).peak_bytes))
+    smallest = caught.value.smallest_bytes
+    assert planned(smallest) <= smallest
