@@ -8,6 +8,7 @@ elementwise values and reductions; layouts, tilings and its estimates of traffic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -33,6 +34,40 @@ _PLACED = {aten.index, aten.gather, aten.embedding}
 _DISTANCE = 64  # kernels: values that read the same are not computed together from further apart
 
 Stored = Mapping[fx.Node, frozenset[fx.Node]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a graph writes to memory, kernel by kernel.
+
+    Attributes:
+        kernels: the values that write memory, in order, those of one kernel together.
+        buffered: of each kernel, those that get a buffer; the others stay in registers, or write into inputs.
+        last_use: the last kernel that reads a storage; for what the graph returns, the one after all.
+    """
+
+    stored: Stored
+    kernels: Sequence[Sequence[fx.Node]]
+    buffered: Sequence[Sequence[fx.Node]]
+    last_use: Mapping[fx.Node, int]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Schedule:
+        """That of Inductor, as far as it is expected."""
+        returned = {owner(n) for n in output_nodes(graph)}
+        stored = stored_values(graph, returned)
+        kernels = in_kernels(stored)
+        step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
+        readers: dict[fx.Node, set[int]] = {}  # storage -> kernels that read it
+        for node, storages in stored.items():
+            for storage in storages:
+                readers.setdefault(storage, set()).add(step[node])
+        buffered = [
+            [n for n in kernel if not overwrites(n) and (n in returned or readers.get(n) != {now})]
+            for now, kernel in enumerate(kernels)
+        ]
+        last_use = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, len(kernels))
+        return cls(stored, kernels, buffered, last_use)
 
 
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:

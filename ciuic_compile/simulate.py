@@ -12,9 +12,10 @@ those at the example's sizes; of the same changes ``symbolize.py`` makes functio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ from torch import fx
 from . import compat
 from .capture import owner, tensor
 from .codecs.base import Size
-from .schedule import in_kernels, output_nodes, overwrites, stored_values, written_over
+from .schedule import Schedule, output_nodes, written_over
 from .workspace import Operand, workspaces
 
 
@@ -80,27 +81,25 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
     beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
     all_along = Counter(_size(n.meta.get("val"), hints) for n in beside)
+    early = changes_by_step(forward, {}, target, hints)
     late = changes_by_step(backward, live, target, hints)
-    changes = (
-        _joined(changes_by_step(forward, {}, target, hints)),
-        (*all_along.items(), *_joined(late)),
-    )
+    changes = (_joined(early), (*all_along.items(), *_joined(late))) if hints else ()
     total = sum(tensor_bytes(n.meta["val"]) for n in saved)
-    forward_peak, backward_peak = (max(_alive(part, hints), default=0) for part in changes)
+    beneath = sum(hints.get(size, size) * count for size, count in all_along.items())
+    tops = _tops(late, hints)
+    highest = max(tops)
+    rest = tuple(node.name for step in late[tops.index(highest) :] for node in step.kernel)
+    return Peaks(total, max(_tops(early, hints)), beneath + highest, changes, rest)
+
+
+def _tops(steps: Iterable[Step], hints: Mapping[Size, int]) -> list[int]:
+    """Most bytes alive at each step."""
     now, tops = 0, list[int]()
-    for step in late:
-        *_, now = alive = [now, *_alive(step.changes, hints, now)]
+    for step in steps:
+        alive = [*accumulate((hints.get(size, size) * n for size, n in step.changes), initial=now)]
+        now = alive[-1]
         tops.append(max(alive))
-    at = tops.index(max(tops))
-    rest = tuple(node.name for step in late[at:] for node in step.kernel)
-    return Peaks(total, forward_peak, backward_peak, changes if hints else (), rest)
-
-
-def _alive(changes: Iterable[Change], hints: Mapping[Size, int], before: int = 0) -> Iterator[int]:
-    """Bytes alive after each of the changes."""
-    for size, count in changes:
-        before += hints.get(size, size) * count
-        yield before
+    return tops
 
 
 def _size(value: object, hints: dict[Size, int]) -> Size:
@@ -170,30 +169,16 @@ def changes_by_step(
         live_inputs: counted until their last use; other inputs never.
         hints: gets the bytes of dynamic sizes.
     """
-    returned = {owner(n) for n in output_nodes(graph)}
-    stored = stored_values(graph, returned)
-    kernels = in_kernels(stored)
-    step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
-    readers: dict[fx.Node, set[int]] = {}  # storage -> steps that read it
-    for node, storages in stored.items():
-        for storage in storages:
-            readers.setdefault(storage, set()).add(step[node])
-    end = len(kernels)
-    last_use = {s: end if s in returned else max(steps) for s, steps in readers.items()}
-    last_use |= dict.fromkeys(returned, end)
+    schedule = Schedule.of(graph)
+    last_use = schedule.last_use
     dying: dict[int, dict[fx.Node, Size]] = {}  # step -> bytes of what is last used there
     for node, size in live_inputs.items():
         dying.setdefault(last_use.get(node, 0), {})[node] = size
     steps = [Step((), list(Counter(live_inputs.values()).items()))]
-    for now, kernel in enumerate(kernels):
-        made = [
-            made
-            for node in kernel
-            if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
-            for made in _results(node, hints)
-        ]
+    for now, kernel in enumerate(schedule.kernels):
+        made = [made for node in schedule.buffered[now] for made in _results(node, hints)]
         last = dying.get(now, {})
-        spare = Counter(last[storage] for storage in written_over(kernel, stored, last, dict(made)))
+        spare = Counter(last[storage] for storage in written_over(kernel, schedule.stored, last, dict(made)))
         new = Counter(size for _, size in made)
         inside = _temporaries(kernel[0], target, hints)
         needed = [*(new - spare).items(), (inside, 1)]

@@ -6,7 +6,7 @@ The walk is that of ``simulate.py``, with names; ``tests/test_timeline.py`` hold
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -17,7 +17,7 @@ from .capture import owner, tensor
 from .codecs.base import Size
 from .identity import count_up
 from .passes import Graphs
-from .schedule import in_kernels, output_nodes, overwrites, stored_values, written_over
+from .schedule import Schedule, output_nodes, written_over
 from .simulate import _results, _size, _Target, _temporaries, saved_storages, tensor_bytes
 from .sources import source_of
 from .types import Block, Line, Role, TensorClass, Timeline, Track
@@ -41,7 +41,7 @@ class LiveRange:
 
 def live_ranges(
     graph: fx.Graph, live_inputs: Iterable[fx.Node], kind: str | None = None, channels_last: bool = False
-) -> tuple[list[LiveRange], list[list[fx.Node]]]:
+) -> tuple[list[LiveRange], Sequence[Sequence[fx.Node]]]:
     """The live ranges whose sum ``simulate`` takes the maximum of, and the kernels in their order.
 
     Args:
@@ -49,16 +49,8 @@ def live_ranges(
         kind: type of device that every value counts as being on; None: what each is on.
         channels_last: whether Inductor runs the convolutions in that layout.
     """
-    returned = {owner(n) for n in output_nodes(graph)}
-    stored = stored_values(graph, returned)
-    kernels = in_kernels(stored)
-    step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
-    readers: dict[fx.Node, set[int]] = {}
-    for node, storages in stored.items():
-        for storage in storages:
-            readers.setdefault(storage, set()).add(step[node])
-    end = len(kernels)
-    last_use = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, end)
+    schedule = Schedule.of(graph)
+    kernels, last_use, end = schedule.kernels, schedule.last_use, len(schedule.kernels)
     ranges: list[LiveRange] = []
     dying: dict[int, dict[fx.Node, tuple[Size, LiveRange]]] = {}
     hints: dict[Size, int] = {}  # bytes of dynamic sizes
@@ -72,15 +64,10 @@ def live_ranges(
     for node in live_inputs:
         live(node, _size(node.meta.get("val"), hints), -1, last_use.get(node, 0))
     for now, kernel in enumerate(kernels):
-        made = [
-            made
-            for node in kernel
-            if not overwrites(node) and (node in returned or readers.get(node) != {now})  # else in registers
-            for made in _results(node, hints)
-        ]
+        made = [made for node in schedule.buffered[now] for made in _results(node, hints)]
         last = dying.get(now, {})
         sizes = {storage: size for storage, (size, _) in last.items()}
-        for storage in written_over(kernel, stored, sizes, dict(made)):
+        for storage in written_over(kernel, schedule.stored, sizes, dict(made)):
             last[storage][1].last = now - 1
         for result, size in made:
             live(result, size, now, last_use.get(result, now))
