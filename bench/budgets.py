@@ -78,10 +78,13 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
     smallest: dict[str, int] = {}  # by mode, where a budget was too small
     base, began = 0, time.monotonic()
 
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if share is not None:  # for the process that this one compiles for
+            print(json.dumps(row), flush=True)
+
     def impossible(name: str, budget: int | None, least: int) -> None:
-        rows.append({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
-        if share is not None:
-            print(json.dumps(rows[-1]), flush=True)
+        keep({"config": name, "budget": budget, "failed": f"smallest {common.mib(least)}"})
 
     def measured(name: str, backend: str, budget: int | None = None, **options: Any) -> None:
         nonlocal base, reference
@@ -149,9 +152,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             row |= {"simulated": plan.simulated_peak_bytes, "correction": plan.correction_bytes}
             row["late"] = any("deadline" in note for note in plan.notes)
             row |= {"planned_error": plan.gradient_error, "tightened": plan.tightened}
-        rows.append(row)
-        if share is not None:
-            print(json.dumps(row), flush=True)
+        keep(row)
         steps[name] = step
 
     budgets = spec["budgets"]
@@ -181,7 +182,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             measured(f"{mode} {common.mib(budget)}", "ciuic", budget, mode=name, **given)
     if share is not None:
         return rows
-    rows.sort(key=lambda row: -row.get("budget", 0) if row.get("budget") else -float("inf"))
+    rows.sort(key=lambda row: -(row.get("budget") or float("inf")))
     print(f"{time.monotonic() - began:.0f} s: all in turns", file=sys.stderr)
     times = take_turns(steps, device, spec["steps"], burst=4)
     for row in rows:

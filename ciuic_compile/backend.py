@@ -155,7 +155,7 @@ def _planned(
             outcomes.append(Outcome(aim, plan.planned_peak_bytes, drift, tightened=plan.tightened))
         aim = next_aim(config.budget, outcomes)
     fitting = [attempt for attempt in attempts if _fits(attempt[1])]
-    if not fitting and not attempts and missed is not None:
+    if not attempts and missed is not None:
         raise missed
     if not fitting:
         raise _over_budget([plan for _, plan in attempts])

@@ -100,15 +100,14 @@ def fit(
 
     first = judged(*judged_before)
     drift = first.drift
-    starts, tried, warm, struck = [start, first.decision], [first], None, False
+    tried, struck = [first], False
     bounds: list[Bound] = []
     enough, raised = 0.0, problem
     idle: Problem | None = None  # a program that told nothing new
     rounds = [*((share, 0.0) for share in _SHARES), *((_MORE, lower) for lower in _LOWER)]
     clock = Clock(seconds * sum(share for share, _ in rounds))
     for number, (share, lower) in enumerate(rounds):
-        missed = not any(map(within_limits, tried))
-        if number >= len(_SHARES) and not missed:
+        if number >= len(_SHARES) and any(map(within_limits, tried)):
             break
         if number >= _LOCAL and tried[-1].peaks.peak > budget:
             drift = min(f.drift for f in tried)
@@ -116,16 +115,18 @@ def fit(
         within = replace(raised, budget=budget - drift - int(lower * budget))
         if idle is not None and (within.budget, within.base) == (idle.budget, idle.base):
             continue
+        before = [f.decision for f in tried]
+        warm = before[-1] if len(before) > 1 else None
+        starts = [start, *before]
         solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
             struck |= solution.struck
             bounds += solution.bounds if raised is problem else ()
         if solution.decision is None:
             break
-        if any(solution.decision == f.decision for f in tried):
+        if solution.decision in before:
             idle = within  # another is found only lower
             continue
-        starts.append(warm := solution.decision)
         found = judged(solution.decision)
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
