@@ -11,7 +11,7 @@ from torch import fx
 
 from ciuic_compile.capture import owner
 from ciuic_compile.passes import Graphs
-from ciuic_compile.schedule import output_nodes
+from ciuic_compile.schedule import Schedule, output_nodes
 from ciuic_compile.simulate import saved_storages, tensor_bytes
 from ciuic_compile.timeline import LiveRange, live_ranges
 
@@ -55,19 +55,22 @@ def alive_at_peak(graph: fx.Graph, inputs: Mapping[fx.Node, int]) -> AtPeak:
         inputs: saved tensors and their bytes, counted until their last use.
     """
     returned = {owner(n) for n in output_nodes(graph)}
-    ranges, kernels = live_ranges(graph, inputs)
+    schedule = Schedule.of(graph)
+    ranges = live_ranges(schedule, inputs)
     changes: Counter[int] = Counter()
     for r in ranges:
         changes[r.first] += r.nbytes
         changes[r.last + 1] -= r.nbytes
-    totals = list(accumulate(changes[step] for step in range(-1, len(kernels))))[1:]
+    totals = list(accumulate(changes[step] for step in range(-1, len(schedule.kernels))))[1:]
     now = totals.index(max(totals))
 
     def what(r: LiveRange) -> str:
         return "saved" if r.node in inputs else "returned" if r.node in returned else "made"
 
     there = [Alive(r.node, r.nbytes, what(r)) for r in ranges if r.first <= now <= r.last and not r.inside]
-    return AtPeak(tuple(n.name for n in kernels[now]), tuple(sorted(there, key=lambda item: -item.nbytes)))
+    return AtPeak(
+        tuple(n.name for n in schedule.kernels[now]), tuple(sorted(there, key=lambda item: -item.nbytes))
+    )
 
 
 def at_peaks(graphs: Graphs) -> dict[str, AtPeak]:

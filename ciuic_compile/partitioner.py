@@ -409,7 +409,7 @@ def plan_and_rewrite(
         plan,
         simulated_peak_bytes=planned.peak - correction,
         correction_bytes=correction,
-        timeline=None if pair is None else timeline(model, draft.trial, pair),
+        timeline=None if pair is None else timeline(model, draft.trial, pair, planned, baseline),
         environment=environment(plan.device),
     )
     if added:

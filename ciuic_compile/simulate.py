@@ -52,6 +52,7 @@ class Peaks:
     Attributes:
         changes: what appears and goes in either graph, where sizes are dynamic.
         rest: names of what the backward computes at its peak and after it, in order.
+        schedules: of the forward and the backward that were simulated.
     """
 
     saved: int
@@ -59,6 +60,7 @@ class Peaks:
     backward: int
     changes: tuple[tuple[Change, ...], ...] = field(default=(), compare=False, repr=False)
     rest: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    schedules: tuple[Schedule, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def peak(self) -> int:
@@ -81,15 +83,16 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
     beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
     all_along = Counter(_size(n.meta.get("val"), hints) for n in beside)
-    early = changes_by_step(forward, {}, target, hints)
-    late = changes_by_step(backward, live, target, hints)
+    schedules = Schedule.of(forward), Schedule.of(backward)
+    early = changes_by_step(schedules[0], {}, target, hints)
+    late = changes_by_step(schedules[1], live, target, hints)
     changes = (_joined(early), (*all_along.items(), *_joined(late))) if hints else ()
     total = sum(tensor_bytes(n.meta["val"]) for n in saved)
     beneath = sum(hints.get(size, size) * count for size, count in all_along.items())
     tops = _tops(late, hints)
     highest = max(tops)
     rest = tuple(node.name for step in late[tops.index(highest) :] for node in step.kernel)
-    return Peaks(total, max(_tops(early, hints)), beneath + highest, changes, rest)
+    return Peaks(total, max(_tops(early, hints)), beneath + highest, changes, rest, schedules)
 
 
 def _tops(steps: Iterable[Step], hints: Mapping[Size, int]) -> list[int]:
@@ -161,7 +164,7 @@ def _joined(steps: Iterable[Step]) -> tuple[Change, ...]:
 
 
 def changes_by_step(
-    graph: fx.Graph, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
+    schedule: Schedule, live_inputs: Mapping[fx.Node, Size], target: _Target, hints: dict[Size, int]
 ) -> list[Step]:
     """What appears and goes before the first kernel of a graph, and at each of them.
 
@@ -169,7 +172,6 @@ def changes_by_step(
         live_inputs: counted until their last use; other inputs never.
         hints: gets the bytes of dynamic sizes.
     """
-    schedule = Schedule.of(graph)
     last_use = schedule.last_use
     dying: dict[int, dict[fx.Node, Size]] = {}  # step -> bytes of what is last used there
     for node, size in live_inputs.items():

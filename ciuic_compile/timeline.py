@@ -6,7 +6,7 @@ The walk is that of ``simulate.py``, with names; ``tests/test_timeline.py`` hold
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -18,7 +18,7 @@ from .codecs.base import Size
 from .identity import count_up
 from .passes import Graphs
 from .schedule import Schedule, output_nodes, written_over
-from .simulate import _results, _size, _Target, _temporaries, saved_storages, tensor_bytes
+from .simulate import Peaks, _results, _size, _Target, _temporaries, saved_storages, tensor_bytes
 from .sources import source_of
 from .types import Block, Line, Role, TensorClass, Timeline, Track
 
@@ -40,16 +40,18 @@ class LiveRange:
 
 
 def live_ranges(
-    graph: fx.Graph, live_inputs: Iterable[fx.Node], kind: str | None = None, channels_last: bool = False
-) -> tuple[list[LiveRange], Sequence[Sequence[fx.Node]]]:
-    """The live ranges whose sum ``simulate`` takes the maximum of, and the kernels in their order.
+    schedule: Schedule,
+    live_inputs: Iterable[fx.Node],
+    kind: str | None = None,
+    channels_last: bool = False,
+) -> list[LiveRange]:
+    """The live ranges whose sum ``simulate`` takes the maximum of.
 
     Args:
         live_inputs: those that are alive until their last use; others are not counted.
         kind: type of device that every value counts as being on; None: what each is on.
         channels_last: whether Inductor runs the convolutions in that layout.
     """
-    schedule = Schedule.of(graph)
     kernels, last_use, end = schedule.kernels, schedule.last_use, len(schedule.kernels)
     ranges: list[LiveRange] = []
     dying: dict[int, dict[fx.Node, tuple[Size, LiveRange]]] = {}
@@ -73,21 +75,23 @@ def live_ranges(
             live(result, size, now, last_use.get(result, now))
         inside = _temporaries(kernel[0], target, hints)
         ranges.append(LiveRange(kernel[0], _at_hints(inside, hints), now, now, inside=True))
-    return [r for r in ranges if r.nbytes], kernels
+    return [r for r in ranges if r.nbytes]
 
 
-def timeline(model: MemoryModel, planned: Graphs, baseline: Graphs) -> Timeline:
+def timeline(model: MemoryModel, planned: Graphs, baseline: Graphs, after: Peaks, before: Peaks) -> Timeline:
     """What is alive with a plan's graphs, and with Inductor's own partition.
 
     Args:
         model: that of the joint graph that ``planned`` was partitioned from.
         planned: with codecs as markers.
         baseline: partitioned from the user's own joint graph.
+        after: what simulating ``planned`` came to.
+        before: the same of ``baseline``.
     """
     lines: dict[Line, int] = {}
-    before = _TrackMaker(model.original or model, baseline, lines).track()
-    after = _TrackMaker(model, planned, lines).track()
-    return Timeline(tuple(lines), before, after)
+    first = _TrackMaker(model.original or model, baseline, lines).track(*before.schedules)
+    second = _TrackMaker(model, planned, lines).track(*after.schedules)
+    return Timeline(tuple(lines), first, second)
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,8 @@ class _TrackMaker:
         self._counted: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
 
-    def track(self) -> Track:
-        """The track of the graphs."""
+    def track(self, early: Schedule, late: Schedule) -> Track:
+        """The track of the graphs, given the schedules of forward and backward."""
         forward, backward = self._graphs.forward.graph, self._graphs.backward.graph
         for graph in (forward, backward):
             self._name_codecs(graph)
@@ -126,9 +130,9 @@ class _TrackMaker:
         outputs = dict.fromkeys(o for o in map(owner, user) if o.op != "placeholder")
         arriving = backward.find_nodes(op="placeholder")
         received = {n: saved[n.name] for n in arriving if n.name in saved and saved[n.name] not in outputs}
-        made, kernels = live_ranges(forward, (), kind, channels_last)
-        used, more = live_ranges(backward, received, kind, channels_last)
-        start, end = len(kernels), len(kernels) + len(more)
+        made = live_ranges(early, (), kind, channels_last)
+        used = live_ranges(late, received, kind, channels_last)
+        start, end = len(early.kernels), len(early.kernels) + len(late.kernels)
 
         waiting = set(saved.values())
         pieces = []
@@ -148,8 +152,8 @@ class _TrackMaker:
                 role = Role.WORKSPACE if r.inside else self._role(r.node, returned)
                 pieces.append(_Piece(r.node, r.nbytes, first, last, role, True))
         blocks = [self._block(p) for p in sorted(_joined(pieces), key=lambda p: p.first)]
-        forward_steps = [self._id(kernel[0], False) for kernel in kernels]
-        backward_steps = [self._id(kernel[0], True) for kernel in more]
+        forward_steps = [self._id(kernel[0], False) for kernel in early.kernels]
+        backward_steps = [self._id(kernel[0], True) for kernel in late.kernels]
         return Track((*forward_steps, "", *backward_steps), start, tuple(blocks))
 
     def _role(self, node: fx.Node, returned: set[fx.Node]) -> Role:

@@ -24,7 +24,9 @@ from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.capture import owner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.report import from_json, to_json
+from ciuic_compile.schedule import Schedule
 from ciuic_compile.simulate import (
+    Peaks,
     Step,
     _size,
     _Target,
@@ -45,9 +47,9 @@ def planned(model: nn.Module, inputs: list[Tensor], **options: Any) -> tuple[Pla
     seen: list[Graphs] = []
     real = partitioner.timeline
 
-    def record(model: MemoryModel, after: Graphs, before: Graphs) -> Timeline:
+    def record(model: MemoryModel, after: Graphs, before: Graphs, *peaks: Peaks) -> Timeline:
         seen[:] = [before, after]
-        return real(model, after, before)
+        return real(model, after, before, *peaks)
 
     options = {"min_bytes": SMALL, "report": "off", **options}
     torch._dynamo.reset()
@@ -74,9 +76,11 @@ def simulated(graphs: Graphs) -> list[int]:
     target = _Target(compat.prefers_channels_last(forward, None), None)
     hints: dict[Any, int] = {}
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
-    first = curve(changes_by_step(forward, {}, target, hints), hints)[1:]
+    first = curve(changes_by_step(Schedule.of(forward), {}, target, hints), hints)[1:]
     rest = sum(tensor_bytes(n.meta.get("val")) for n in beside)
-    return first + [c + rest for c in curve(changes_by_step(backward, live, target, hints), hints)]
+    return first + [
+        c + rest for c in curve(changes_by_step(Schedule.of(backward), live, target, hints), hints)
+    ]
 
 
 def curve(steps: list[Step], hints: dict[Any, int]) -> list[int]:
