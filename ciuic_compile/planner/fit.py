@@ -112,7 +112,7 @@ def fit(
         if number >= _LOCAL and tried[-1].peaks.peak > budget:
             drift = min(f.drift for f in tried)
             raised = _raised(formulation, problem, drift, tried)
-        within = replace(raised, budget=budget - drift - int(lower * budget))
+        within = raised.within(budget - drift - int(lower * budget))
         if idle is not None and (within.budget, within.base) == (idle.budget, idle.base):
             continue
         before = [f.decision for f in tried]
@@ -144,15 +144,15 @@ def fit(
     if fitting:
         best = min(fitting, key=lambda f: f.evaluation.cost)
         if raised is not problem:  # what was proved of that program says nothing of this one
-            known = replace(problem, budget=budget - best.drift)
+            known = problem.within(budget - best.drift)
             proof = solve(known, seconds * _MORE, _GAP, [best.decision], None, clock.left(), bounds)
             bounds += () if isinstance(proof, Infeasible) else proof.bounds
         best = _certified(best, budget, bounds)
-        limited = replace(problem, budget=max(budget - best.drift, best.evaluation.peak_bytes))
+        limited = problem.within(max(budget - best.drift, best.evaluation.peak_bytes))
         price = prices(limited, best, max(1, min(_STEP, budget // 10)), seconds * _PRICES, _GAP)
         return replace(best, struck=struck, price=price)
     # These are tried whatever the budget: the smallest peak that is named can be had by asking for it.
-    certificate = solve(replace(problem, budget=0), seconds, _GAP, [start, first.decision])
+    certificate = solve(problem.within(0), seconds, _GAP, [start, first.decision])
     every = [judged(start), first]
     if isinstance(certificate, Infeasible) and certificate.decision is not None:
         every.append(judged(certificate.decision))

@@ -23,7 +23,7 @@ rebuilt, fused            nothing; it needs its inputs wherever it is needed
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import fsum, isfinite
 from typing import NamedTuple
@@ -171,6 +171,12 @@ class Problem:
     def cost(self, time_us: float, variance: float) -> float:
         """What is minimised."""
         return self.time_weight * time_us + self.variance_weight * variance
+
+    def within(self, budget: int | None) -> Problem:
+        """The same under another budget; what is known of the candidates, whatever it is, stays known."""
+        other = replace(self, budget=budget)
+        vars(other).update(readers=self.readers, known=self.known)
+        return other
 
     @cached_property
     def readers(self) -> tuple[tuple[int, ...], ...]:

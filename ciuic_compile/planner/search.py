@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from math import fsum
 from typing import Any, Literal
 
@@ -213,7 +212,7 @@ class Search:
                 if effort.over():
                     return
                 budget = (low + high) // 2
-                found = descend(replace(self.problem, budget=budget), start, effort, moves)
+                found = descend(self.problem.within(budget), start, effort, moves)
                 peak = self.offer(found).peak_bytes
                 if peak < high:
                     high, start = peak, found

@@ -162,7 +162,7 @@ def solve(
         return found
     left = max(deadline_s - search.clock.elapsed(), (1 - _FIRST) * deadline_s)
     if problem.budget is not None:
-        peak, infeasible = _smallest(replace(problem, budget=None), "peak", left, gap, starts)
+        peak, infeasible = _smallest(problem.within(None), "peak", left, gap, starts)
         if peak is not None and peak.peak_bytes <= problem.budget:
             assert infeasible.decision is not None
             again = Search(problem, "cost", 0.0, gap, [infeasible.decision])
@@ -244,7 +244,7 @@ def _live(problem: Problem, found: Infeasible, most: int = 12) -> tuple[Live, ..
     if found.decision is None:
         return ()
     decision = found.decision
-    free = replace(problem, budget=None)
+    free = problem.within(None)
     sizes = live_at(free, decision, found.step)
     total = int(evaluate(free, decision).live_bytes[found.step])
     largest = sorted((v for v, size in enumerate(sizes) if size > 0), key=lambda v: (-sizes[v], v))[:most]
@@ -282,7 +282,7 @@ def prices(
     cost, found = solution.evaluation.cost, solution.decision
 
     def searched(budget: int) -> Evaluation | None:
-        search = Search(replace(problem, budget=budget), "cost", deadline_s, gap, [found], warm=found)
+        search = Search(problem.within(budget), "cost", deadline_s, gap, [found], warm=found)
         search.run(enough=1.0)
         return search.best[1] if search.best else None
 

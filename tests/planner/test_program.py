@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bench.plan_time import layered
 from ciuic_compile.planner.program import (
     ABSENT,
     Candidate,
@@ -163,3 +164,10 @@ def test_the_simulator_agrees_with_the_enumeration() -> None:
             assert found.variance == judge.variance[i]
             neat = evaluate(problem, tidy(problem, judge.decisions[i].tolist()))
             assert neat.cost <= found.cost and (neat.live_bytes <= found.live_bytes).all()
+
+
+def test_another_budget_keeps_what_is_known_of_the_candidates() -> None:
+    problem = layered(2)
+    limited = problem.within(7)
+    assert (limited.budget, limited.within(None)) == (7, problem)
+    assert limited.known is problem.known and limited.readers is problem.readers
