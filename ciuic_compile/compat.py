@@ -19,7 +19,6 @@ from unittest import mock
 import sympy
 import torch
 import torch._functorch.partitioners as _partitioners
-import torch._inductor.config as inductor_config
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 from torch._functorch._aot_autograd.descriptors import (
@@ -158,16 +157,6 @@ def is_fusible(node: fx.Node) -> bool:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether Inductor computes the value element by element, wherever it is read."""
     return is_fusible(node) or packet(node) in _POINTWISE
-
-
-def most_reads(reused: bool) -> int:
-    """From how many buffers Inductor lets a value, read once or more often, be computed in its readers."""
-    if reused:
-        return int(inductor_config.realize_reads_threshold)
-    limit = inductor_config.realize_acc_reads_threshold
-    if limit is None:  # 2.13: by device; on a CPU it is more
-        limit = inductor_config._realize_acc_reads_threshold_default
-    return int(limit)
 
 
 def prefers_channels_last(graph: fx.Graph, kind: str | None = None) -> bool:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from . import compat, markers
+from . import compat, compat_fusion, markers
 from .capture import extent, owner, tensor
 from .classify import is_reduction, packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
 from .fusion import decoded_to_memory, is_external, readers
+from .kernels import grouped, loop_of, maker_of
 
 aten = torch.ops.aten
 #: Ops that add to places of a buffer -> which argument says what; computed in their loop over it.
@@ -31,7 +32,8 @@ _SCATTERED: dict[object, int] = {
 _GATHERING = {*_SCATTERED, aten.cat, aten.scatter}
 #: Read their first argument where their other ones say.
 _PLACED = {aten.index, aten.gather, aten.embedding}
-_DISTANCE = 64  # kernels: values that read the same are not computed together from further apart
+#: Operations for each input, where a reader chooses one (counted in torch 2.11: 7 k - 1 for k inputs).
+_CAT_OPS = 7
 
 Stored = Mapping[fx.Node, frozenset[fx.Node]]
 
@@ -42,13 +44,15 @@ class Schedule:
 
     Attributes:
         kernels: the values that write memory, in order, those of one kernel together.
-        buffered: of each kernel, those that get a buffer; the others stay in registers, or write into inputs.
+        buffered: of each kernel, those that get a buffer; the others stay inside, or write into inputs.
+        inside: storages that are made and read by one kernel alone, and stay in its registers.
         last_use: the last kernel that reads a storage; for what the graph returns, the one after all.
     """
 
     stored: Stored
     kernels: Sequence[Sequence[fx.Node]]
     buffered: Sequence[Sequence[fx.Node]]
+    inside: frozenset[fx.Node]
     last_use: Mapping[fx.Node, int]
 
     @classmethod
@@ -62,12 +66,12 @@ class Schedule:
         for node, storages in stored.items():
             for storage in storages:
                 readers.setdefault(storage, set()).add(step[node])
-        buffered = [
-            [n for n in kernel if not overwrites(n) and (n in returned or readers.get(n) != {now})]
-            for now, kernel in enumerate(kernels)
-        ]
+        inside = frozenset(
+            s for s, steps in readers.items() if s not in returned and steps == {step.get(maker_of(s))}
+        )
+        buffered = [[n for n in kernel if not overwrites(n) and n not in inside] for kernel in kernels]
         last_use = {s: max(steps) for s, steps in readers.items()} | dict.fromkeys(returned, len(kernels))
-        return cls(stored, kernels, buffered, last_use)
+        return cls(stored, kernels, buffered, inside, last_use)
 
 
 def output_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -113,13 +117,34 @@ def _is_stored(node: fx.Node, returned: set[fx.Node], reads: int) -> bool:
         return decoded_to_memory(node)
     if node in returned or is_reduction(node):
         return True
-    if packet(node) is aten.cat:  # each of its inputs writes its part, unless the reader can choose one
-        return not all(map(compat.is_pointwise, readers(node)))
+    if packet(node) is aten.cat:
+        return not _chosen_in_readers(node) or _CAT_OPS * len(node.all_input_nodes) > compat_fusion.most_ops()
     if not compat.is_pointwise(node) or any(map(_reads_memory, readers(node))):
         return True
     if any(packet(user) is aten.as_strided for user in node.users):
         return True  # which is of memory, whatever it is a view of
-    return reads > compat.most_reads(reused=len(node.users) > 1)
+    return reads > compat_fusion.most_reads(reused=_is_reused(node))
+
+
+def _chosen_in_readers(cat: fx.Node) -> bool:
+    """Whether readers choose one of its inputs for each element; else each of those writes its part."""
+    return all(map(compat.is_pointwise, readers(cat)))
+
+
+def _is_reused(value: fx.Node) -> bool:
+    """Whether Inductor takes a value to be read again: by several, or wherever it is broadcast to."""
+    broadcast = compat_fusion.counts_broadcasts() and any(_broadcasts(user, value) for user in value.users)
+    viewed = any(compat.is_view(user) and _is_reused(user) for user in value.users)
+    return len(value.users) > 1 or broadcast or viewed
+
+
+def _broadcasts(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether a reader has each element of a value at two places or more (lowering.py, ``expand``)."""
+    elementwise = compat.is_fusible(reader) and packet(reader) not in _PLACED
+    made, read = tensor(reader), tensor(value)
+    if made is None or read is None or not (elementwise or packet(reader) is aten.select_scatter):
+        return False
+    return compat.hint(made.numel()) >= 2 * compat.hint(read.numel()) > 0
 
 
 def _reads_memory(reader: fx.Node) -> bool:
@@ -131,21 +156,7 @@ def _reads_memory(reader: fx.Node) -> bool:
 
 def in_kernels(stored: Stored) -> list[list[fx.Node]]:
     """The stored values in the order in which Inductor makes them, those of one kernel together."""
-    fusion = _Fusion(stored)
-    latest: dict[fx.Node, int] = {}  # storage -> the last value of its size that reads or makes it
-    for index, node in enumerate(stored):
-        if is_reduction(node):
-            latest[node] = index  # its results may be used before it leaves the kernel
-            continue
-        size = _elements(node)
-        for storage in sorted(stored[node], key=lambda s: s.name) if size != 0 else ():
-            if extent(storage) == size:
-                if storage in latest:
-                    fusion.fuse(latest[storage], index)
-                latest[storage] = index
-        if compat.is_pointwise(node):
-            latest[node] = index
-    return fusion.order()
+    return grouped(stored, {node: loop_of(node, _elements(node)) for node in stored})
 
 
 def written_over(
@@ -165,7 +176,7 @@ def written_over(
     users: dict[fx.Node, set[fx.Node]] = {}
     elsewhere = set[fx.Node]()
     for node in () if is_external(kernel[0]) else kernel:
-        above[node] = {node}.union(*(above.get(_maker(s), ()) for s in stored[node]))
+        above[node] = {node}.union(*(above.get(maker_of(s), ()) for s in stored[node]))
         for storage in stored[node]:
             users.setdefault(storage, set()).add(node)
         elsewhere |= _read_elsewhere(node, stored)
@@ -203,60 +214,5 @@ def _elements(node: fx.Node) -> Size:
     if packet(node) in _SCATTERED:
         values = node.args[_SCATTERED[packet(node)]]
         return extent(values) if isinstance(values, fx.Node) else 0
-    return extent(node) if compat.is_pointwise(node) else 0
-
-
-class _Fusion:
-    """Kernels, each a set of values (by their places in the graph), and what they need."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._nodes = list(stored)
-        place = {node: i for i, node in enumerate(self._nodes)}
-        makers = ({_maker(s) for s in storages} for storages in stored.values())
-        self._needs = [sorted(place[m] for m in found if m in place) for found in makers]
-        self._above: list[int] = []  # what each is computed from, as bits
-        for needs in self._needs:
-            above = 0
-            for index in needs:
-                above |= self._above[index] | 1 << index
-            self._above.append(above)
-        self._kernel = [[i] for i in range(len(self._nodes))]  # value -> all of its kernel
-
-    def fuse(self, first: int, second: int) -> None:
-        """Put two values in one kernel, unless something between them runs elsewhere, or is too much."""
-        kernel, other = self._kernel[first], self._kernel[second]
-        if kernel is other:
-            return
-        both = {*kernel, *other}
-        bits = sum(1 << i for i in both)
-        needed = {n for i in both for n in self._needs[i]} - both
-        reads_it = any(n in kernel for i in other for n in self._needs[i])
-        far = max(both) - min(both) > _DISTANCE and not reads_it
-        if far or any(self._above[n] & bits for n in needed):
-            return
-        kernel += other
-        for index in other:
-            self._kernel[index] = kernel
-
-    def order(self) -> list[list[fx.Node]]:
-        """Each kernel where its first value stands in the graph, and what it needs before it."""
-        done: set[int] = set()  # by the first value of a kernel
-        kernels: list[list[fx.Node]] = []
-        for start in range(len(self._nodes)):
-            stack = [(start, False)]
-            while stack:
-                index, ready = stack.pop()
-                kernel = self._kernel[index]
-                if ready:
-                    kernels.append([self._nodes[i] for i in sorted(kernel)])
-                elif min(kernel) not in done:
-                    done.add(min(kernel))
-                    stack.append((index, True))
-                    needs = sorted({n for i in kernel for n in self._needs[i]} - set(kernel))
-                    stack += [(n, False) for n in reversed(needs)]
-        return kernels
-
-
-def _maker(storage: fx.Node) -> fx.Node:
-    """The call that makes a storage."""
-    return storage.all_input_nodes[0] if compat.is_getitem(storage) else storage
+    inside = compat.is_pointwise(node) or (packet(node) is aten.cat and _chosen_in_readers(node))
+    return extent(node) if inside else 0

@@ -22,6 +22,7 @@ from torch import fx
 
 from . import compat
 from .capture import owner, tensor
+from .classify import is_reduction
 from .codecs.base import Size
 from .schedule import Schedule, output_nodes, written_over
 from .workspace import Operand, workspaces
@@ -178,7 +179,7 @@ def changes_by_step(
         dying.setdefault(last_use.get(node, 0), {})[node] = size
     steps = [Step((), list(Counter(live_inputs.values()).items()))]
     for now, kernel in enumerate(schedule.kernels):
-        made = [made for node in schedule.buffered[now] for made in _results(node, hints)]
+        made = _results(schedule, now, hints)
         last = dying.get(now, {})
         spare = Counter(last[storage] for storage in written_over(kernel, schedule.stored, last, dict(made)))
         new = Counter(size for _, size in made)
@@ -192,15 +193,23 @@ def changes_by_step(
     return steps
 
 
-def _results(node: fx.Node, hints: dict[Size, int]) -> list[tuple[fx.Node, Size]]:
-    """The storages that a call makes, under the nodes that use them; what nobody uses is under the call's."""
-    value = node.meta.get("val")
-    if tensor(node) is not None:
-        return [(node, _size(value, hints))]
-    parts = {n.args[1]: n for n in node.users if compat.is_getitem(n)}
-    used = [(n, _size(n.meta.get("val"), hints)) for n in parts.values()]
-    unused = [v for i, v in enumerate(value) if i not in parts] if isinstance(value, (tuple, list)) else []
-    return [*used, (node, _size(unused, hints))]
+def _results(schedule: Schedule, now: int, hints: dict[Size, int]) -> list[tuple[fx.Node, Size]]:
+    """The storages that a kernel makes, under the nodes that use them; what nobody uses is under the call's.
+
+    Of a reduction Inductor does not make what nobody uses.
+    """
+    results: list[tuple[fx.Node, Size]] = []
+    for node in schedule.buffered[now]:
+        value = node.meta.get("val")
+        if tensor(node) is not None:
+            results.append((node, _size(value, hints)))
+            continue
+        parts = {n.args[1]: n for n in node.users if compat.is_getitem(n)}
+        used = [n for n in parts.values() if n not in schedule.inside]
+        results += [(n, _size(n.meta.get("val"), hints)) for n in used]
+        if isinstance(value, (tuple, list)) and not is_reduction(node):
+            results.append((node, _size([v for i, v in enumerate(value) if i not in parts], hints)))
+    return results
 
 
 def _temporaries(node: fx.Node, target: _Target, hints: dict[Size, int]) -> Size:

@@ -66,7 +66,7 @@ def live_ranges(
     for node in live_inputs:
         live(node, _size(node.meta.get("val"), hints), -1, last_use.get(node, 0))
     for now, kernel in enumerate(kernels):
-        made = [made for node in schedule.buffered[now] for made in _results(node, hints)]
+        made = _results(schedule, now, hints)
         last = dying.get(now, {})
         sizes = {storage: size for storage, (size, _) in last.items()}
         for storage in written_over(kernel, schedule.stored, sizes, dict(made)):

@@ -62,7 +62,7 @@ def test_a_value_of_many_buffers_is_stored_where_it_is_reused() -> None:
         made = Made()
         total = made.sum(*(made.mm(made.x) for _ in range(terms)))
         results = [made.call(op, total, [1], True) for op in (aten.sum.dim_IntList, aten.amax.default)]
-        assert ([total.name] in made.kernels(*results)) is stored
+        assert any(total.name in kernel for kernel in made.kernels(*results)) is stored
 
 
 def test_a_value_of_very_many_buffers_is_stored_in_any_case() -> None:
@@ -70,7 +70,8 @@ def test_a_value_of_very_many_buffers_is_stored_in_any_case() -> None:
     total = made.sum(*(made.mm(made.x) for _ in range(12)))
     result = made.call(aten.sum.dim_IntList, total, [1])
     kernels = made.kernels(result)
-    assert len(kernels) == 12 + 1 + 1, "the products, a part of the sum, the rest with the reduction"
+    assert len(kernels) == 12 + 1, "the products, and the sum"
+    assert len(kernels[-1]) == 2, "a part of it is stored, the rest runs in the reduction"
 
 
 def test_what_reads_the_same_runs_together_where_the_first_stands() -> None:

@@ -111,16 +111,23 @@ def test_a_reduction_is_stored_and_does_not_reuse_a_bigger_buffer() -> None:
     made = Made()
     a = made.mm(made.x)
     row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
-    assert made.forward_peak(made.add(a, row)) == 1 + 1 / 64
+    assert made.forward_peak(made.add(a, row), row) == 1 + 1 / 64
 
 
-def test_each_result_of_a_call_lives_until_it_is_read_itself() -> None:
+def test_a_reduction_that_only_its_kernel_reads_has_no_buffer() -> None:
+    made = Made()
+    a = made.mm(made.x)
+    row = made.call(aten.sum.dim_IntList, made.sin(a), [1], True)
+    assert made.forward_peak(made.add(a, row)) == 1, "a row is summed and added over itself"
+
+
+def test_each_result_of_a_reduction_lives_until_it_is_read_itself() -> None:
     made = Made()
     a = made.mm(made.x)
     both = made.call(aten.var_mean.correction, a, [1], correction=0, keepdim=True)
     variance = made.call(operator.getitem, both, 0)  # nobody reads the mean
-    b = made.mm(a, a)
-    assert made.forward_peak(made.add(b, variance)) == 2 + 1 / 64
+    b = made.mm(a, made.call(aten.expand.default, variance, [64, 64]))
+    assert made.forward_peak(made.add(b, variance), a) == 2 + 1 / 64
 
 
 def test_gradients_of_a_convolution_go_one_by_one() -> None:

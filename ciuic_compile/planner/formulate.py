@@ -16,7 +16,7 @@ from math import ceil
 
 from torch import fx
 
-from .. import compat
+from .. import compat, compat_fusion
 from ..analyze import MemoryModel
 from ..capture import owner, tensor
 from ..classify import is_attention, is_contraction, is_reduction
@@ -195,13 +195,13 @@ class _Builder:
         readers = _readers(node, among)
         if any(u.op == "output" or is_external(u) for u in readers):
             return True
-        return len(readers) > 1 and len(self._loads[node]) > compat.most_reads(reused=True)
+        return len(readers) > 1 and len(self._loads[node]) > compat_fusion.most_reads(reused=True)
 
     @cached_property
     def _loads(self) -> dict[fx.Node, frozenset[fx.Node]]:
         """The buffers that an elementwise value is computed from, through what is fused into it."""
         loads: dict[fx.Node, frozenset[fx.Node]] = {}
-        most = compat.most_reads(reused=True)
+        most = compat_fusion.most_reads(reused=True)
         for node in self.model.captured.graph.nodes:
             if node.op == "output":
                 continue
