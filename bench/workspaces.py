@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import common
+from bench.models import MODELS
 
 aten = torch.ops.aten
 Case = tuple[str, Callable[[], Any]]
@@ -128,6 +130,26 @@ def cases() -> Iterator[Case]:
         yield from embedding(tokens, 50304, 768, full)
 
 
+def convolutions_of(name: str, batch: int) -> Iterator[Case]:
+    """Those of a model of :mod:`bench.models` at "medium", in bfloat16, channels last."""
+    built, batches, _ = MODELS[name]("medium", batch)
+    inputs, _ = batches(0, torch.device("cpu"))
+    shapes: dict[tuple[int, ...], None] = {}
+
+    def seen(module: torch.nn.Module, given: tuple[torch.Tensor, ...], _: object) -> None:
+        assert isinstance(module, torch.nn.Conv2d)
+        _, channels, side, _ = given[0].shape
+        shapes[side, channels, module.out_channels, module.kernel_size[0], module.stride[0]] = None
+
+    for module in built.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(seen)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        built(inputs[:2])
+    for side, channels, out, kernel, stride in shapes:
+        yield from convolution(batch, side, channels, out, kernel, stride, torch.bfloat16, "last")
+
+
 def temporaries(call: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of a call's results, and its peak beyond them."""
     call()
@@ -146,6 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=list(MODELS), help="this model's convolutions instead")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     torch.cuda.init()
@@ -164,7 +188,7 @@ def main() -> None:
     )
     del a, product
     rows = []
-    for name, call in cases():
+    for name, call in convolutions_of(args.model, args.batch) if args.model else cases():
         try:
             held, extra = temporaries(call)
         except Exception as error:
