@@ -1,4 +1,4 @@
-"""Move each encode to right after the last forward use of the tensor it reads, or to where that can be made."""
+"""Move each encode to right after the last forward use of the tensor it reads, or to where that is made."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ from .solve import Bound, Infeasible, Price, Solution, prices, solve
 Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
 #: Shares of the deadline for one answer after the other; those after the first go on from it.
-_SHARES = (0.35, 0.25, 0.15, 0.1)
-#: Answers after which the program is raised where they had their peaks, if the last was over the budget.
-_LOCAL = 2
+_SHARES = (0.35, 0.2, 0.1, 0.1, 0.1)
+#: Answers after which the program is raised where they had their peaks, if none leaves as little of the budget
+#: as is wanted, or the program is off by more than that.
+_LOCAL = 3
 #: Where none of those above is within the budget: how much lower those after them are aimed, as a share of
 #: it, and the deadline's share for each. (What a ResNet's program was off by grew with every answer; the
 #: smallest plan costs three times what the one that fits does.)
@@ -98,21 +99,30 @@ def fit(
     def within_limits(found: Fit) -> bool:
         return found.peaks.peak <= budget and _keeps_limits(problem, found.evaluation)
 
+    def near(found: Fit) -> bool:
+        return 0 <= budget - found.peaks.peak <= _ROOM * budget
+
+    def far_off(found: Fit) -> bool:
+        return abs(found.drift) > _ROOM * budget
+
     first = judged(*judged_before)
     drift = first.drift
     tried, struck = [first], False
     bounds: list[Bound] = []
-    enough, raised = 0.0, problem
+    asked: list[tuple[int, bool]] = []  # budgets, and whether the graphs of their answers were within ours
+    enough, raised, local = 0.0, problem, False
     idle: Problem | None = None  # a program that told nothing new
     rounds = [*((share, 0.0) for share in _SHARES), *((_MORE, lower) for lower in _LOWER)]
     clock = Clock(seconds * sum(share for share, _ in rounds))
     for number, (share, lower) in enumerate(rounds):
         if number >= len(_SHARES) and any(map(within_limits, tried)):
             break
-        if number >= _LOCAL and tried[-1].peaks.peak > budget:
+        local |= number >= _LOCAL and (far_off(tried[-1]) or not any(map(near, tried)))
+        if local:
             drift = min(f.drift for f in tried)
             raised = _raised(formulation, problem, drift, tried)
-        within = raised.within(budget - drift - int(lower * budget))
+        wanted = budget - drift if local else _between(budget - drift, asked)
+        within = raised.within(wanted - int(lower * budget))
         if idle is not None and (within.budget, within.base) == (idle.budget, idle.base):
             continue
         before = [f.decision for f in tried]
@@ -131,6 +141,8 @@ def fit(
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
+        if raised is problem:
+            asked.append((within.budget or 0, found.peaks.peak <= budget))
         drift = found.drift if raised is problem else drift
         room = budget - found.peaks.peak
         if isinstance(solution, Infeasible) and room < 0 and (number == 0 or raised is not problem):
@@ -138,12 +150,16 @@ def fit(
         # The bound must be of a program that leaves room for this answer's own drift.
         enough = found.gap + _WIDER if _GAP < found.gap < 1.0 else _GAP
         proved = _certified(found, budget, bounds).gap <= enough
-        if 0 <= room <= _ROOM * budget and (proved or raised is not problem):
+        if near(found) and local:
             break
+        if near(found) and proved:
+            if not far_off(found):
+                break
+            local = True
     fitting = list(filter(within_limits, tried))
     if fitting:
         best = min(fitting, key=lambda f: f.evaluation.cost)
-        if raised is not problem:  # what was proved of that program says nothing of this one
+        if _certified(best, budget, bounds).gap > enough:  # of this program, at what its drift leaves
             known = problem.within(budget - best.drift)
             proof = solve(known, seconds * _MORE, _GAP, [best.decision], None, clock.left(), bounds)
             bounds += () if isinstance(proof, Infeasible) else proof.bounds
@@ -161,6 +177,15 @@ def fit(
     if keeping and least.peaks.peak <= budget:
         return replace(least, struck=struck)
     raise _infeasible(formulation, budget, least.peaks.peak, certificate)
+
+
+def _between(wanted: int, asked: Sequence[tuple[int, bool]]) -> int:
+    """The budget that is wanted or, if that was too much or too little before, one halfway between such."""
+    low = max((b for b, fits in asked if fits), default=None)
+    high = min((b for b, fits in asked if not fits), default=None)
+    if low is None or high is None or low < wanted < high:
+        return wanted
+    return (low + high) // 2
 
 
 def _raised(formulation: Formulation, problem: Problem, drift: int, tried: Sequence[Fit]) -> Problem:

@@ -44,7 +44,8 @@ def test_the_gap_is_that_of_the_budget_that_the_judge_leaves() -> None:
     drifts = {(0, 0, 0): 100}
 
     def judge(decision: Any, codecs: Any) -> Any:
-        return SimpleNamespace(peak=evaluate(problem, decision).peak_bytes + drifts.get(decision, 0))
+        peak = evaluate(problem, decision).peak_bytes + drifts.get(decision, 0)
+        return SimpleNamespace(peak=peak, forward=peak, rest=())
 
     every = (0, 0, 0)
     formulation: Any = Plain(problem)
@@ -193,3 +194,22 @@ def test_the_smallest_peak_that_an_error_names_can_be_had(seed: int) -> None:
         planned(int(rng.uniform(0.3, 1.0) * evaluate(problem, start).peak_bytes))
     smallest = caught.value.smallest_bytes
     assert planned(smallest) <= smallest
+
+
+def test_between_a_budget_that_was_too_much_and_one_too_little_another_is_tried() -> None:
+    """What the judge adds comes and goes with a value: its last word alone would swing between two answers."""
+    sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (30, 4.0)]
+    values = [
+        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
+        for i, (size, us) in enumerate(sizes)
+    ]
+    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    every = (0,) * 4
+
+    def judge(decision: Any, codecs: Any) -> Any:
+        peak = evaluate(problem, decision).peak_bytes + (100 if decision[3] == 0 else 0)
+        return SimpleNamespace(peak=peak, forward=peak, rest=())
+
+    formulation: Any = Plain(problem)
+    found = fit(formulation, 1200, (ABSENT,) * 4, (every, judge(every, None)), judge, 10.0)
+    assert found.decision == (0, 0, 0, ABSENT) and found.peaks.peak == 1200
