@@ -8,7 +8,7 @@ and loops that are reordered to read alike.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import fx
@@ -37,12 +37,14 @@ class Loop:
 
     Attributes:
         rows: of a reduction, whether it reduces what lies side by side.
+        hints: of a reduction, ``outer`` and ``total`` at the example's sizes.
     """
 
     outer: Size
     total: Size
     reduces: bool = False
     rows: bool = False
+    hints: tuple[int, int] = field(default=(0, 0), compare=False)
 
     def joined(self, other: Loop) -> Loop | None:
         """The loop in which both run, or None."""
@@ -56,7 +58,7 @@ class Loop:
         """Whether this reduces the rows and the other the columns of a matrix, and one kernel does both."""
         if not (self.rows and other.reduces and not other.rows and self.total == other.total):
             return False
-        rows, columns, total = map(compat.hint, (self.outer, other.outer, self.total))
+        (rows, total), (columns, _) = self.hints, other.hints
         large = total >= _BOTH_ELEMENTS and rows >= max(_BOTH_ROWS, _BOTH_RATIO * columns)
         return rows * columns == total and large and columns <= _BOTH_COLUMNS
 
@@ -164,7 +166,7 @@ class _Grouping:
             return None
         shared = sum(self._bytes[s] for s in one.touched & other.touched)
         if len(parts) > max(len(one.parts), len(other.parts)):
-            shared = compat.hint(parts[0].loop.total) if parts[0].loop else 0  # in elements, as Inductor does
+            shared = parts[0].loop.hints[1] if parts[0].loop else 0  # in elements, as Inductor does
         reduce = [any(p.loop is not None and p.loop.reduces for p in kernel.parts) for kernel in (one, other)]
         return reduce[0] != reduce[1], -shared, self._apart(one, other)
 
@@ -186,7 +188,7 @@ class _Grouping:
         """Both, if one kernel reduces the rows and the columns of what they read."""
         if rows.loop is None or columns.loop is None or not rows.loop.crosses(columns.loop):
             return None
-        whole = any(self._elements[s] == compat.hint(rows.loop.total) for s in rows.touched & columns.touched)
+        whole = any(self._elements[s] == rows.loop.hints[1] for s in rows.touched & columns.touched)
         possible = whole and rows.independent(columns) and compat_fusion.most_reads_for_both()
         return (rows, columns) if possible else None
 
@@ -200,7 +202,7 @@ class _Grouping:
             if joined is None or loop is None or not joined.independent(rest):
                 continue
             shared = sum(self._elements[s] for s in part.touched & single.touched)
-            if not loop.reduces or shared >= compat.hint(loop.total):
+            if not loop.reduces or shared >= loop.hints[1]:
                 return (joined, rest) if i == 0 else (rest, joined)
         return None
 
@@ -289,10 +291,11 @@ def loop_of(node: fx.Node, elements: Size) -> Loop | None:
     if not isinstance(dims, Sequence) or not dims:
         dims = range(source.dim())
     reduced = {d % max(1, source.dim()) for d in dims if isinstance(d, int)}
-    outer = compat.exact(prod(n for i, n in enumerate(source.shape) if i not in reduced))
-    kept = {i for i, n in enumerate(source.shape) if i not in reduced and n != 1}
+    outer = prod(n for i, n in enumerate(source.shape) if i not in reduced)
+    kept = {i for i, n in enumerate(source.shape) if i not in reduced and compat.exact(n) != 1}
     rows = bool(kept) and max(kept) < min(reduced)
-    return Loop(outer, compat.exact(source.numel()), True, rows)
+    hints = compat.hint(outer), compat.hint(source.numel())
+    return Loop(compat.exact(outer), compat.exact(source.numel()), True, rows, hints)
 
 
 def _counted(loops: Mapping[fx.Node, Loop | None], made: Mapping[fx.Node, Iterable[fx.Node]]) -> list[int]:
@@ -302,9 +305,7 @@ def _counted(loops: Mapping[fx.Node, Loop | None], made: Mapping[fx.Node, Iterab
         counted.append(place)
         if loop is None:
             place += 1 + sum(result is not node for result in made[node])
-        elif (
-            loop.reduces and not loop.rows and compat.hint(loop.total) >= _TWO_STEPS * compat.hint(loop.outer)
-        ):
+        elif loop.reduces and not loop.rows and loop.hints[1] >= _TWO_STEPS * loop.hints[0]:
             place += 2
         else:
             place += 1

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ciuic_compile.capture import owner
 from ciuic_compile.kernels import Loop, loop_of
@@ -108,6 +109,36 @@ def test_loops_of_reductions() -> None:
     assert loop_of(made.sum(image, 2, 3), 0) == Loop(6, 96, True, True)
     assert loop_of(made.sin(made.x), 24) == Loop(24, 24)
     assert loop_of(made.mm(made.x), 0) is None
+
+
+def test_dynamic_sizes_are_taken_at_the_examples_and_leave_no_guard() -> None:
+    made = Made()
+    env = made.mode.shape_env
+    assert env is not None
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = made.mode.from_tensor(torch.empty(ROWS, COLUMNS), symbolic_context=context)
+    made.x.meta["val"] = x
+    product = made.mm(made.x)
+    sums = made.sum(product, 1), made.sum(product, 0)
+    halves = made.placeholder("primals_3", 1)
+    with made.mode:
+        halves.meta["val"] = torch.empty(x.shape[0] // 2, 2, COLUMNS)
+    halved = made.sum(halves, 1, 2)
+    before = len(env.guards)
+    half = loop_of(halved, 0)
+    assert set(sums) in made.kernels(*sums)
+    assert half is not None and half.rows and half.hints[0] == ROWS // 2
+    assert len(env.guards) == before
+
+
+def test_sizes_that_depend_on_data_are_no_error() -> None:
+    made = Made()
+    with made.mode:
+        env = made.mode.shape_env
+        assert env is not None
+        made.x.meta["val"] = torch.empty(env.create_unbacked_symint(), COLUMNS)
+    rows, columns = (loop_of(made.sum(made.x, d), 0) for d in (1, 0))
+    assert rows is not None and rows.rows and columns is not None and not columns.rows
 
 
 @settings(max_examples=150, deadline=None)
