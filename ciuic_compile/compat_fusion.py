@@ -29,6 +29,11 @@ def most_ops() -> int:
     return int(limit)
 
 
+def least_reduced() -> int:
+    """From how many elements Inductor reduces in a loop: it computes what reduces fewer where that is read."""
+    return int(inductor_config.unroll_reductions_threshold)
+
+
 def most_reads_for_both() -> int:
     """From how many buffers one kernel may reduce rows and columns: 0 if none does."""
     if not getattr(inductor_config.triton, "mix_order_reduction", False):

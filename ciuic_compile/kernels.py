@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 from torch import fx
 
 from . import compat, compat_fusion
@@ -281,21 +282,35 @@ def loop_of(node: fx.Node, elements: Size) -> Loop | None:
     Args:
         elements: of the loop over an elementwise value; 0 for none.
     """
-    if not is_reduction(node):
+    if not reduces(node):
         return Loop(elements, elements) if elements != 0 else None
     source = tensor(node.all_input_nodes[0])
     if source is None:
         return None
-    given = node.args[1] if len(node.args) > 1 else None
-    dims = [given] if isinstance(given, int) else given
-    if not isinstance(dims, Sequence) or not dims:
-        dims = range(source.dim())
-    reduced = {d % max(1, source.dim()) for d in dims if isinstance(d, int)}
+    reduced = _reduced(node, source)
     outer = prod(n for i, n in enumerate(source.shape) if i not in reduced)
     kept = {i for i, n in enumerate(source.shape) if i not in reduced and compat.exact(n) != 1}
     rows = bool(kept) and max(kept) < min(reduced)
     hints = compat.hint(outer), compat.hint(source.numel())
     return Loop(compat.exact(outer), compat.exact(source.numel()), True, rows, hints)
+
+
+def reduces(node: fx.Node) -> bool:
+    """Whether a value is reduced in a loop: of a few elements, each reader does it (``Reduction.create``)."""
+    source = tensor(node.all_input_nodes[0]) if is_reduction(node) else None
+    if source is None or tensor(node) is None or not compat.is_fusible(node):
+        return is_reduction(node)
+    count = compat.exact(prod(n for i, n in enumerate(source.shape) if i in _reduced(node, source)))
+    return not isinstance(count, int) or count >= compat_fusion.least_reduced()
+
+
+def _reduced(node: fx.Node, source: torch.Tensor) -> set[int]:
+    """The dimensions that a reduction reduces."""
+    given = node.args[1] if len(node.args) > 1 else None
+    dims = [given] if isinstance(given, int) else given
+    if not isinstance(dims, Sequence) or not dims:
+        dims = range(source.dim())
+    return {d % max(1, source.dim()) for d in dims if isinstance(d, int)}
 
 
 def _counted(loops: Mapping[fx.Node, Loop | None], made: Mapping[fx.Node, Iterable[fx.Node]]) -> list[int]:

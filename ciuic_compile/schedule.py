@@ -15,11 +15,11 @@ from torch import fx
 
 from . import compat, compat_fusion, markers
 from .capture import extent, owner, tensor
-from .classify import is_reduction, packet
+from .classify import packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
 from .fusion import decoded_to_memory, is_external, readers
-from .kernels import grouped, loop_of, maker_of
+from .kernels import grouped, loop_of, maker_of, reduces
 
 aten = torch.ops.aten
 #: Ops that add to places of a buffer -> which argument says what; computed in their loop over it.
@@ -115,7 +115,7 @@ def _is_stored(node: fx.Node, returned: set[fx.Node], reads: int) -> bool:
     """Whether a value gets a buffer, of which the computation reads so many others."""
     if markers.is_marker(node, markers.decode):
         return decoded_to_memory(node)
-    if node in returned or is_reduction(node):
+    if node in returned or reduces(node):
         return True
     if packet(node) is aten.cat:
         return not _chosen_in_readers(node) or _CAT_OPS * len(node.all_input_nodes) > compat_fusion.most_ops()
@@ -148,7 +148,7 @@ def _broadcasts(reader: fx.Node, value: fx.Node) -> bool:
 
 
 def _reads_memory(reader: fx.Node) -> bool:
-    inside = compat.is_pointwise(reader) or is_reduction(reader) or overwrites(reader)
+    inside = compat.is_pointwise(reader) or reduces(reader) or overwrites(reader)
     if markers.is_marker(reader, markers.encode):
         return not isinstance(get_codec(str(reader.args[1])), Bitmask)  # the others have kernels
     return not inside and packet(reader) not in _GATHERING

@@ -97,17 +97,26 @@ def test_sums_of_columns_of_two_layers_run_together() -> None:
     assert {columns, other} in kernels and {rows} in kernels
 
 
+def test_sums_of_a_few_are_computed_where_they_are_read() -> None:
+    for few, inside in ((7, True), (8, False)):
+        made = Made()
+        total = made.sum(made.placeholder("primals_3", ROWS, few), 1)
+        last = made.mm(made.add(made.x, total))
+        assert ({total} not in made.kernels(last)) is inside
+        assert loop_of(total, ROWS) == (Loop(ROWS, ROWS) if inside else Loop(ROWS, few * ROWS, True, True))
+
+
 def test_loops_of_reductions() -> None:
-    made = Made(6, 4)
+    made = Made(16, 12)
     image = made.placeholder("primals_3", 2, 3, 4, 4)
     last, first = made.sum(made.x, -1), made.sum(made.x, 0)
     channel, whole = made.sum(image, 0, 2, 3), made.call(aten.sum.default, made.x)
-    assert loop_of(last, 0) == Loop(6, 24, True, True)
-    assert loop_of(first, 0) == Loop(4, 24, True, False)
+    assert loop_of(last, 0) == Loop(16, 192, True, True)
+    assert loop_of(first, 0) == Loop(12, 192, True, False)
     assert loop_of(channel, 0) == Loop(3, 96, True, False)
-    assert loop_of(whole, 0) == Loop(1, 24, True, False)
+    assert loop_of(whole, 0) == Loop(1, 192, True, False)
     assert loop_of(made.sum(image, 2, 3), 0) == Loop(6, 96, True, True)
-    assert loop_of(made.sin(made.x), 24) == Loop(24, 24)
+    assert loop_of(made.sin(made.x), 192) == Loop(192, 192)
     assert loop_of(made.mm(made.x), 0) is None
 
 
