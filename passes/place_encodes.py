@@ -1,4 +1,4 @@
-"""Move each encode to right after the last forward use of the tensor it reads, or to where that is made."""
+"""Move each encode to right behind the last forward use of what it reads, or to where that can be made."""
 
 from __future__ import annotations
 
@@ -39,19 +39,22 @@ class PlaceEncodes:
 
 
 def _made_early(tensor: fx.Node, block: list[fx.Node]) -> bool:
-    """Move an encode, and what is computed for it alone, to behind what that is computed from."""
+    """Move an encode, and what is computed for it alone, up to behind what that is computed from."""
     alone, stack = {block[0]}, [tensor]
     while stack:
         node = stack.pop()
         elementwise = compat.is_fusible(node) or compat.is_view(node)
-        if node.op == "call_function" and elementwise and alone.issuperset(node.users):
+        movable = node.op == "call_function" and elementwise and not compat.is_random(node)
+        if movable and alone.issuperset(node.users):
             alone.add(node)
             stack += node.all_input_nodes
-    chain = sorted(alone.difference(block))
-    read = {source for node in chain for source in node.all_input_nodes} - alone
-    if not read or max(read).op == "placeholder" or max(read).next is chain[0]:
+    read = {source for node in alone.difference(block) for source in node.all_input_nodes} - alone
+    if not read or max(read).op == "placeholder":
         return False
-    _move([*chain, *block], max(read))
+    chain = sorted(node for node in alone if node > max(read))
+    if all(node.prev is before for before, node in zip([max(read), *chain], chain, strict=False)):
+        return False
+    _move([*chain[:-1], *block], max(read))
     return True
 
 

@@ -63,3 +63,36 @@ def test_a_mask_that_is_read_elsewhere_is_not_moved() -> None:
     part = made.encoded(mask, "bitmask")
     order = made.order(part, other)
     assert order.index(made.last) < order.index(mask)
+
+
+def test_random_numbers_are_drawn_in_the_users_order() -> None:
+    made = Forward()
+    first = made.call(aten.rand_like.default, made.last)
+    second = made.call(aten.rand_like.default, made.relu)
+    part = made.encoded(made.call(aten.le.Scalar, second, 0.5), "bitmask")
+    order = made.order(part, first)
+    assert order.index(first) < order.index(second) < order.index(part)
+
+
+def test_what_is_made_before_all_is_there_stays_where_it_is() -> None:
+    """Else the large value that a small one is made of would be kept."""
+    made = Forward()
+    total = made.call(aten.sum.dim_IntList, made.product, [1], True)
+    late = made.call(aten.mm.default, made.last, made.x)
+    mask = made.call(aten.le.Tensor, total, late)
+    between = made.call(aten.mm.default, late, made.x)
+    part = made.encoded(mask, "bitmask")
+    (call,) = part.all_input_nodes
+    order = made.order(part, between)
+    assert order[3:] == [total, late, mask, call, part, between]
+
+
+def test_a_chain_that_only_begins_where_it_can_be_made_is_moved_there() -> None:
+    made = Forward()
+    first = made.call(aten.neg.default, made.product)
+    made.product.append(first)
+    between = made.call(aten.mm.default, made.last, made.x)
+    part = made.encoded(made.call(aten.le.Scalar, first, 0), "bitmask")
+    (call,) = part.all_input_nodes
+    mask = call.all_input_nodes[0]
+    assert made.order(part, between)[:5] == [made.product, first, mask, call, part]
