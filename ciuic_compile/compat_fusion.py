@@ -30,7 +30,7 @@ def most_ops() -> int:
 
 
 def least_reduced() -> int:
-    """From how many elements Inductor reduces in a loop: it computes what reduces fewer where that is read."""
+    """From how many elements Inductor reduces in a loop; what reduces fewer is computed by its readers."""
     return int(inductor_config.unroll_reductions_threshold)
 
 
