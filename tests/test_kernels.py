@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,7 +126,9 @@ def test_dynamic_sizes_are_taken_at_the_examples_and_leave_no_guard() -> None:
     made = Made()
     env = made.mode.shape_env
     assert env is not None
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    )
     x = made.mode.from_tensor(torch.empty(ROWS, COLUMNS), symbolic_context=context)
     made.x.meta["val"] = x
     product = made.mm(made.x)
