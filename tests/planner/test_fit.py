@@ -197,7 +197,7 @@ def test_the_smallest_peak_that_an_error_names_can_be_had(seed: int) -> None:
 
 
 def test_between_a_budget_that_was_too_much_and_one_too_little_another_is_tried() -> None:
-    """What the judge adds comes and goes with a value: its last word alone would swing between two answers."""
+    """What the judge adds comes and goes with a value: its last word alone would swing to and fro."""
     sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (30, 4.0)]
     values = [
         Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
