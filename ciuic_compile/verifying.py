@@ -44,10 +44,15 @@ class Measured:
 
 @contextlib.contextmanager
 def peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of the block: on CUDA the allocator's, on a CPU the profiler's events replayed."""
+    """Measure the peak of the block: on CUDA the allocator's, on a CPU the profiler's events replayed.
+
+    On CUDA, blocks that other work left are given back first: one that is up to a MiB too large is not split,
+    and counts whole (28 MiB of a ResNet-50 measured after eight other plans).
+    """
     result = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
         start = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield result

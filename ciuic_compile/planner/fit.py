@@ -19,8 +19,8 @@ Judge = Callable[[Sequence[fx.Node], Mapping[fx.Node, str | None]], Peaks]
 
 #: Shares of the deadline for one answer after the other; those after the first go on from it.
 _SHARES = (0.35, 0.2, 0.1, 0.1, 0.1)
-#: Answers after which the program is raised where they had their peaks, if none leaves as little of the budget
-#: as is wanted, or the program is off by more than that.
+#: Answers after which the program is raised where they had their peaks, if none leaves as little of the
+#: budget as is wanted, or the program is off by more than that.
 _LOCAL = 3
 #: Where none of those above is within the budget: how much lower those after them are aimed, as a share of
 #: it, and the deadline's share for each. (What a ResNet's program was off by grew with every answer; the
