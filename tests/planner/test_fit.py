@@ -33,14 +33,19 @@ class Plain:
         return {}
 
 
+def heavy_forward(values: list[tuple[int, float]]) -> Problem:
+    """Values of so many bytes, which take so long to make again, and weigh in the forward if stored."""
+    candidates = (
+        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
+        for i, (size, us) in enumerate(values)
+    )
+    return Problem(2, (0, 1000, 0, 0), tuple(candidates))
+
+
 def test_the_gap_is_that_of_the_budget_that_the_judge_leaves() -> None:
     """The first round is too tight; the second finds a cheaper plan, which the judge rejects."""
-    values = [
-        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
-        for i, (size, us) in enumerate([(100, 10.0), (60, 8.0), (40, 5.0)])
-    ]
     # Step 1, in the forward, is where stores weigh: what is rebuilt is alive in the backward all the same.
-    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    problem = heavy_forward([(100, 10.0), (60, 8.0), (40, 5.0)])
     drifts = {(0, 0, 0): 100}
 
     def judge(decision: Any, codecs: Any) -> Any:
@@ -64,11 +69,7 @@ def test_the_gap_is_that_of_the_budget_that_the_judge_leaves() -> None:
 def test_an_answer_whose_own_drift_leaves_room_is_not_the_last() -> None:
     """Keeping everything drifts by 20 bytes, so 1180 are solved for first; the answer drifts by none."""
     sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (19, 1.0)]
-    values = [
-        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
-        for i, (size, us) in enumerate(sizes)
-    ]
-    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    problem = heavy_forward(sizes)
     every, none = (0,) * 4, (ABSENT,) * 4
 
     def judge(decision: Any, codecs: Any) -> Any:
@@ -131,11 +132,7 @@ def test_a_round_without_a_plan_does_not_end_the_search_of_a_large_problem(
     """The first round is for a budget that nothing meets; what it lacks as a certificate is no measure."""
     monkeypatch.setattr(search, "_SMALL", 0)
     sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (30, 4.0), (25, 3.0), (70, 9.0)]
-    values = [
-        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
-        for i, (size, us) in enumerate(sizes)
-    ]
-    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    problem = heavy_forward(sizes)
     every = (0,) * 6
 
     def judge(decision: Any, codecs: Any = None) -> Any:
@@ -199,11 +196,7 @@ def test_the_smallest_peak_that_an_error_names_can_be_had(seed: int) -> None:
 def test_between_a_budget_that_was_too_much_and_one_too_little_another_is_tried() -> None:
     """What the judge adds comes and goes with a value: its last word alone would swing to and fro."""
     sizes = [(100, 10.0), (60, 8.0), (40, 5.0), (30, 4.0)]
-    values = [
-        Candidate(f"v{i}", size, 0, 0, (2,), (Store(size),), Rebuild(us))
-        for i, (size, us) in enumerate(sizes)
-    ]
-    problem = Problem(2, (0, 1000, 0, 0), tuple(values))
+    problem = heavy_forward(sizes)
     every = (0,) * 4
 
     def judge(decision: Any, codecs: Any) -> Any:
