@@ -104,6 +104,11 @@ class _Kernel:
         self.first, self.last = self.values[0], self.values[-1]
         self.touched = frozenset[fx.Node]().union(*(part.touched for part in parts))
         self.bits = sum(part.bits for part in parts)
+        self.reduces = any(part.loop is not None and part.loop.reduces for part in parts)
+
+    def crossed_by(self, other: _Kernel, parts: Sequence[_Part]) -> bool:
+        """Whether one kernel of both, of these parts, reduces rows and columns that either alone does not."""
+        return len(parts) > max(len(self.parts), len(other.parts))
 
 
 def grouped(stored: Reads, loops: Mapping[fx.Node, Loop | None]) -> list[list[fx.Node]]:
@@ -166,10 +171,9 @@ class _Grouping:
         if parts is None:
             return None
         shared = sum(self._bytes[s] for s in one.touched & other.touched)
-        if len(parts) > max(len(one.parts), len(other.parts)):
+        if one.crossed_by(other, parts):
             shared = parts[0].loop.hints[1] if parts[0].loop else 0  # in elements, as Inductor does
-        reduce = [any(p.loop is not None and p.loop.reduces for p in kernel.parts) for kernel in (one, other)]
-        return reduce[0] != reduce[1], -shared, self._apart(one, other)
+        return one.reduces != other.reduces, -shared, self._apart(one, other)
 
     def _parts(self, one: _Kernel, other: _Kernel) -> tuple[_Part, ...] | None:
         """Those of a kernel of both; None if there is none."""
@@ -222,9 +226,9 @@ class _Grouping:
         parts = self._parts(first, second)
         if parts is None:
             return False
-        if second.needs.isdisjoint(first.values) and self._apart(first, second) > _DISTANCE:
-            if len(parts) == max(len(one.parts), len(other.parts)):
-                return False
+        unread = second.needs.isdisjoint(first.values) and not first.crossed_by(second, parts)
+        if unread and self._apart(first, second) > _DISTANCE:
+            return False
         bits = first.bits | second.bits
         needs = frozenset(n for n in first.needs | second.needs if not bits >> n & 1)
         if any(self._above[n] & bits for n in needs):
@@ -300,7 +304,7 @@ def reduces(node: fx.Node) -> bool:
     source = tensor(node.all_input_nodes[0]) if is_reduction(node) else None
     if source is None or tensor(node) is None or not compat.is_fusible(node):
         return is_reduction(node)
-    count = compat.exact(prod(n for i, n in enumerate(source.shape) if i in _reduced(node, source)))
+    count = compat.exact(prod(source.shape[i] for i in sorted(_reduced(node, source))))
     return not isinstance(count, int) or count >= compat_fusion.least_reduced()
 
 

@@ -122,7 +122,8 @@ def fit(
             drift = min(f.drift for f in tried)
             raised = _raised(formulation, problem, drift, tried)
         wanted = budget - drift if local else _between(budget - drift, asked)
-        within = raised.within(wanted - int(lower * budget))
+        aimed = wanted - int(lower * budget)
+        within = raised.within(aimed)
         if idle is not None and (within.budget, within.base) == (idle.budget, idle.base):
             continue
         before = [f.decision for f in tried]
@@ -131,7 +132,7 @@ def fit(
         solution = solve(within, seconds * share, _GAP, starts, warm, clock.left(), bounds, enough)
         if not isinstance(solution, Infeasible):
             struck |= solution.struck
-            bounds += solution.bounds if raised is problem else ()
+            bounds += () if local else solution.bounds
         if solution.decision is None:
             break
         if solution.decision in before:
@@ -141,21 +142,18 @@ def fit(
         if not isinstance(solution, Infeasible):
             found = replace(found, bound=solution.bound, gap=solution.gap)
         tried.append(found)
-        if raised is problem:
-            asked.append((within.budget or 0, found.peaks.peak <= budget))
-        drift = found.drift if raised is problem else drift
-        room = budget - found.peaks.peak
-        if isinstance(solution, Infeasible) and room < 0 and (number == 0 or raised is not problem):
+        over = found.peaks.peak > budget
+        if not local:
+            drift = found.drift
+            asked.append((aimed, not over))
+        if isinstance(solution, Infeasible) and over and (number == 0 or local):
             break
         # The bound must be of a program that leaves room for this answer's own drift.
         enough = found.gap + _WIDER if _GAP < found.gap < 1.0 else _GAP
         proved = _certified(found, budget, bounds).gap <= enough
-        if near(found) and local:
+        if near(found) and (local or (proved and not far_off(found))):
             break
-        if near(found) and proved:
-            if not far_off(found):
-                break
-            local = True
+        local |= near(found) and proved
     fitting = list(filter(within_limits, tried))
     if fitting:
         best = min(fitting, key=lambda f: f.evaluation.cost)
