@@ -1,6 +1,7 @@
 """The peak expected before scheduling against the replay of Inductor's schedule, for a GPU that is not there.
 
     python -m bench.simulated --size medium --models unet --modes lossless 4:1
+    python -m bench.simulated --models gpt --batch 32 --device h100 --modes lossless lossless@1870MiB
 
 Needs a CUDA build of torch, as :mod:`bench.generated` does. The graphs are a CPU's: its fused attention,
 autocast and decomposition of GroupNorm stand for the GPU's, so a UNet's peaks are not those of a GPU.
@@ -43,15 +44,27 @@ def replayed(graphs: Graphs) -> StepPeaks:
     return replay(forward.trace, backward.trace, joint, ExactAllocator())
 
 
-def cell(name: str, size: str, mode: str) -> tuple[int, StepPeaks]:
-    """The simulated peak and the replayed ones of one model; mode "inductor" is torch's own partition."""
-    batch, length = GPU_SHAPES[name][0] if size == "medium" else (None, None)
+def cell(
+    name: str, size: str, mode: str, batch: int | None = None, device: str | None = None
+) -> tuple[int, StepPeaks]:
+    """The simulated peak and the replayed ones of one model; mode "inductor" is torch's own partition.
+
+    Args:
+        mode: may have a budget after an "@": "lossless@2GiB".
+        batch: samples; None: those of ``bench.peaks``.
+        device: profile that is planned for.
+    """
+    mode, _, budget = mode.partition("@")
+    options = {key: value for key, value in (("budget", budget), ("device", device)) if value}
+    length = None
+    if batch is None and size == "medium":
+        batch, length = GPU_SHAPES[name][0]
     torch.manual_seed(0)
     built, batches, loss_fn = MODELS[name](size, batch, length)
     inputs, targets = batches(0, torch.device("cpu"))
     with common.autocast("autocast", torch.device("cpu")):
         made = rewritten(
-            WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets
+            WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets, **options
         )
     if mode != "inductor":
         return made.plan.simulated_peak_bytes, replayed(made.graphs)
@@ -74,12 +87,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(GPU_SHAPES))
     parser.add_argument("--modes", nargs="+", default=["inductor", "lossless", "2:1", "4:1"])
     parser.add_argument("--size", default="medium", choices=("tiny", "small", "medium", "full"))
+    parser.add_argument("--batch", type=int, help="samples; default: those of bench.peaks")
+    parser.add_argument("--device", help="profile that is planned for, e.g. h100")
     args = parser.parse_args()
     rows, errors = [], []
     for name in args.models:
         for mode in args.modes:
             start = time.perf_counter()
-            simulated, peaks = cell(name, args.size, mode)
+            simulated, peaks = cell(name, args.size, mode, args.batch, args.device)
             errors.append(simulated / peaks.peak - 1)
             found = map(common.mib, (peaks.forward, peaks.backward))
             rows.append(
