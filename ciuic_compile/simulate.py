@@ -234,7 +234,5 @@ def _temporaries(node: fx.Node, target: _Target, hints: dict[Size, int]) -> Size
 
 def _operand(value: torch.Tensor, channels_last: bool) -> Operand:
     shape, strides = (tuple(map(compat.comparable, sizes)) for sizes in (value.shape, value.stride()))
-    if channels_last and len(shape) == 4:
-        _, c, h, w = shape
-        strides = (c * h * w, 1, w * c, c)
-    return Operand(shape, strides, value.dtype.itemsize)
+    operand = Operand(shape, strides, value.dtype.itemsize)
+    return operand.last if channels_last and len(shape) == 4 else operand

@@ -46,6 +46,13 @@ class Operand:
         return Operand(self.shape, strides, self.itemsize)
 
     @property
+    def last(self) -> Operand:
+        """An image with its channels side by side, without gaps."""
+        _, channels, height, width = self.shape
+        strides = (channels * height * width, 1, width * channels, channels)
+        return Operand(self.shape, strides, self.itemsize)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it lies so; a dimension of one has no stride that matters."""
         given = zip(self.shape, self.strides, self.plain.strides, strict=True)
@@ -130,12 +137,12 @@ def blas_libraries(kernel: str, operands: Iterable[Operand]) -> tuple[str, ...]:
 def _convolution_backward(
     gradient: Operand, image: Operand, weight: Operand, arguments: Mapping[str, object]
 ) -> Sequence[int]:
-    """What torch copies into the layout of image and weight (ConvShared.cpp), and then cuDNN's copies.
-
-    In channels-last layout torch copies what cuDNN would otherwise: that is counted with the latter.
-    """
-    if image.suggests_channels_last or weight.suggests_channels_last or len(image.shape) != 4:
+    """What torch copies into the layout that image and weight suggest (ConvShared.cpp), then cuDNN does."""
+    if len(image.shape) != 4:
         return (_convolution(image, weight, gradient, arguments),)
+    if image.suggests_channels_last or weight.suggests_channels_last:
+        copies = [o.nbytes for o in (gradient, image) if not o.channels_last]
+        return (*copies, _convolution(image.last, weight, gradient.last, arguments))
     copies = [o.nbytes for o in (gradient, image) if not o.is_plain]
     return (*copies, _convolution(image.plain, weight, gradient.plain, arguments))
 

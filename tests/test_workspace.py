@@ -143,6 +143,15 @@ def test_a_gradient_with_gaps_is_copied_first() -> None:
     assert total("aten.convolution_backward.default", [gradient, image, pointwise], None, ONE) == 32 * MIB
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_plain_gradient_of_a_channels_last_image_is_copied_first(kernel: int) -> None:
+    """A ResNet's last block, behind the mean: bench/history.py saw 49 MiB at its peak on an H100."""
+    image, weight = (operand(*n, layout="last") for n in ((256, 1024, 14, 14), (2048, 1024, kernel, kernel)))
+    gradient = operand(256, 2048, 7, 7)
+    blocks = workspaces("aten.convolution_backward.default", [gradient, image, weight], None, ONE)
+    assert blocks == (49 * MIB,)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 4), (1, 8, 4, 4), (1, 1, 1, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_read_as_torch_reads_them(shape: tuple[int, ...], layout: str) -> None:
