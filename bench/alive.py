@@ -12,7 +12,7 @@ from torch import fx
 from ciuic_compile.capture import owner
 from ciuic_compile.passes import Graphs
 from ciuic_compile.schedule import Schedule, output_nodes
-from ciuic_compile.simulate import saved_storages, tensor_bytes
+from ciuic_compile.simulate import Peaks, saved_storages, tensor_bytes
 from ciuic_compile.timeline import LiveRange, live_ranges
 
 
@@ -48,14 +48,14 @@ class AtPeak:
         return sum(a.nbytes for a in self.alive if a.what == what)
 
 
-def alive_at_peak(graph: fx.Graph, inputs: Mapping[fx.Node, int]) -> AtPeak:
+def alive_at_peak(graph: fx.Graph, schedule: Schedule, inputs: Mapping[fx.Node, int]) -> AtPeak:
     """Of the live ranges that ``simulate`` walks, those where they add up to the most.
 
     Args:
+        schedule: that of the graph.
         inputs: saved tensors and their bytes, counted until their last use.
     """
     returned = {owner(n) for n in output_nodes(graph)}
-    schedule = Schedule.of(graph)
     ranges = live_ranges(schedule, inputs)
     changes: Counter[int] = Counter()
     for r in ranges:
@@ -73,12 +73,13 @@ def alive_at_peak(graph: fx.Graph, inputs: Mapping[fx.Node, int]) -> AtPeak:
     )
 
 
-def at_peaks(graphs: Graphs) -> dict[str, AtPeak]:
-    """That of the forward and of the backward."""
+def at_peaks(graphs: Graphs, peaks: Peaks) -> dict[str, AtPeak]:
+    """That of the forward and of the backward, as they were simulated."""
+    early, late = peaks.schedules
     names = {n.name for n in saved_storages(graphs.forward.graph, graphs.num_fwd_outputs)}
     arriving = graphs.backward.graph.find_nodes(op="placeholder")
     inputs = {n: tensor_bytes(n.meta.get("val")) for n in arriving if n.name in names}
     return {
-        "forward": alive_at_peak(graphs.forward.graph, {}),
-        "backward": alive_at_peak(graphs.backward.graph, inputs),
+        "forward": alive_at_peak(graphs.forward.graph, early, {}),
+        "backward": alive_at_peak(graphs.backward.graph, late, inputs),
     }

@@ -37,6 +37,7 @@ from bench.models import MODELS, WithLoss
 from ciuic_compile import backend, compat, compat_wrapper, partitioner
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import _group
+from ciuic_compile.compat_order import ByLastValue
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import Trace
 from ciuic_compile.types import Plan
@@ -117,11 +118,15 @@ def on(device: torch.device, graph: fx.Graph) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """A training step as it was planned for the pretended GPU, and its graphs after all passes."""
+    """A training step as it was planned for the pretended GPU, and its graphs after all passes.
+
+    ``by_last``: the backward's kernels are to run in the order of ``compat_order.py``.
+    """
 
     plan: Plan
     model: MemoryModel
     graphs: Graphs
+    by_last: bool
 
 
 def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **options: Any) -> Planned:
@@ -133,8 +138,9 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **option
         on(CUDA, graphs.forward.graph)
         on(CUDA, graphs.backward.graph)
         with pretended_gpu(), mock.patch.object(compat, "trace", trace):
-            made = real_plan(name, model, selection, baseline, graphs)
-        found.append(Planned(made, model, graphs))
+            draft = partitioner.make_draft(model, selection, graphs)
+            made = real_plan(name, model, selection, baseline, graphs, 0, draft)
+        found.append(Planned(made, model, graphs, draft.planned.by_last))
         raise _Done
 
     def trace(fn: Any, args: Any) -> fx.Graph:  # where tensors of the CPU are, no device guard runs
@@ -174,12 +180,14 @@ def generated(
     gm: fx.GraphModule,
     strides: Mapping[str, Sequence[int]] | None = None,
     donated: Collection[str] | None = None,
+    by_last: bool = False,
 ) -> Generated:
     """Lower one graph.
 
     Args:
         strides: of inputs by name, where Inductor's forward returns others than the trace did.
         donated: inputs of a backward that it may overwrite; None for a forward.
+        by_last: whether a backward's kernels are to run in the order of ``compat_order.py``.
     """
     from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
 
@@ -196,6 +204,7 @@ def generated(
     with (
         pretended_gpu(),
         inductor_config.patch(backend.CUDA_PATCHES),
+        inductor_config.patch(_post_fusion_custom_pass=ByLastValue(lambda: by_last)),
         torch.no_grad(),
         fake_mode,
         V.set_fake_mode(fake_mode),

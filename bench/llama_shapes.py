@@ -111,29 +111,31 @@ def planned(shape: TransformerConfig, config: str, replay: bool) -> dict[str, An
     if config == "inductor":
         captured = (made.model.original or made.model).captured
         assert captured.graph.owning_module is not None
-        pair = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
+        own = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
             captured.baseline_saved
         )
-        for gm in pair:
+        for gm in own:
             on(CUDA, gm.graph)
-        graphs = Graphs(*pair, captured.num_fwd_outputs)
-    peaks = simulate(graphs.forward.graph, graphs.backward.graph, graphs.num_fwd_outputs)
+        graphs = Graphs(*own, captured.num_fwd_outputs)
+    ours = config != "inductor"
+    pair = graphs.forward.graph, graphs.backward.graph
+    peaks = simulate(*pair, graphs.num_fwd_outputs, reorder=ours)
     result = {
         "saved": peaks.saved,
         "peak": peaks.peak,
         "forward": peaks.forward,
         "backward": peaks.backward,
-        "planned_error": 0.0 if config == "inductor" else plan.gradient_error,
-        "notes": [] if config == "inductor" else list(plan.notes),
+        "planned_error": plan.gradient_error if ours else 0.0,
+        "notes": list(plan.notes) if ours else [],
         "plan_s": round(seconds, 1),
     }
-    for phase, at in at_peaks(graphs).items():
+    for phase, at in at_peaks(graphs, peaks).items():
         total, saved, returned = (b / MIB for b in (at.nbytes, at.share("saved"), at.share("returned")))
         largest = [f"{a.nbytes / MIB:8.1f} {a.node.name} ({a.line})" for a in at.alive if a.what == "made"]
         head = f"at {at.kernel[0]}: {total:.0f} MiB, of it saved {saved:.0f}, returned {returned:.0f}"
         result[f"alive_{phase}"] = [head, *largest[:8]]
     if replay:
-        step = replayed(graphs)
+        step = replayed(graphs, by_last=ours and made.by_last)
         result |= {
             "simulated": peaks.peak,
             "peak": step.peak,

@@ -31,15 +31,15 @@ from ciuic_compile.simulate import simulate
 COLUMNS = ("cell", "simulated", "replayed", "err %", "forward", "backward")
 
 
-def replayed(graphs: Graphs) -> StepPeaks:
-    """Peaks of the step that Inductor makes of two graphs."""
+def replayed(graphs: Graphs, by_last: bool) -> StepPeaks:
+    """Peaks of the step that Inductor makes of two graphs; ``by_last``: in the order of compat_order.py."""
     joint, outputs = joint_of(graphs), graphs.forward_outputs()
     user = {owner(n) for n in outputs[: graphs.num_fwd_outputs] if isinstance(n, fx.Node)}
     saved = {name: owner(n) for name, i in joint.received.items() if isinstance(n := outputs[i], fx.Node)}
     donated = {name for name, base in saved.items() if base.op != "placeholder" and base not in user}
     forward = generated(graphs.forward)
     strides = {n: s for n, i in joint.received.items() if (s := forward.strides[i]) is not None}
-    backward = generated(graphs.backward, strides, donated)
+    backward = generated(graphs.backward, strides, donated, by_last)
     assert forward.trace is not None and backward.trace is not None
     return replay(forward.trace, backward.trace, joint, ExactAllocator())
 
@@ -67,7 +67,7 @@ def cell(
             WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets, **options
         )
     if mode != "inductor":
-        return made.plan.simulated_peak_bytes, replayed(made.graphs)
+        return made.plan.simulated_peak_bytes, replayed(made.graphs, made.by_last)
     captured = made.model.captured
     assert captured.graph.owning_module is not None
     pair = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
@@ -75,8 +75,9 @@ def cell(
     )
     for gm in pair:
         on(CUDA, gm.graph)
-    peaks = simulate(pair[0].graph, pair[1].graph, captured.num_fwd_outputs)  # the plan's is of the CPU
-    return peaks.peak, replayed(Graphs(*pair, captured.num_fwd_outputs))
+    graphs = pair[0].graph, pair[1].graph
+    peaks = simulate(*graphs, captured.num_fwd_outputs, reorder=False)  # the plan's is of the CPU
+    return peaks.peak, replayed(Graphs(*pair, captured.num_fwd_outputs), by_last=False)
 
 
 def main() -> None:

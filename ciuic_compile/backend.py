@@ -18,6 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from . import cache, compat, compat_wrapper, report
 from .aiming import Aim, Outcome, next_aim
 from .announcing import announce
+from .compat_order import ByLastValue
 from .config import CompileConfig, default_config, parse_options
 from .confirm import confirm, main_device
 from .devices import profile_for
@@ -128,9 +129,11 @@ def _planned(
     missed: InfeasibleBudgetError | None = None
     while aim is not None:
         partitioner = CiuicPartitioner(config, key, name, aim.correction, aim.kind == "own")
+        order = ByLastValue(partitioner.is_by_last)
+        ours = {"_post_fusion_custom_pass": order, **patches, "custom_partitioner_fn": partitioner}
         try:
             with compat_wrapper.recorded() as recording:
-                compiled = _inductor(gm, example_inputs, {**patches, "custom_partitioner_fn": partitioner})
+                compiled = _inductor(gm, example_inputs, ours)
         except InfeasibleBudgetError as error:
             assert config.budget is not None
             missed = error

@@ -124,6 +124,22 @@ def grouped(stored: Reads, loops: Mapping[fx.Node, Loop | None]) -> list[list[fx
     return grouping.order()
 
 
+def by_last_value(kernels: Sequence[Sequence[fx.Node]], stored: Reads) -> list[Sequence[fx.Node]]:
+    """Kernels in the order of ``compat_order.py``: where the last value stands that each makes or waits for.
+
+    Args:
+        kernels: each behind what it needs.
+        stored: what their values read, in the graph's order.
+    """
+    place = {node: i for i, node in enumerate(stored)}
+    last: dict[fx.Node, int] = {}
+    for kernel in kernels:
+        before = {maker_of(storage) for node in kernel for storage in stored[node]}
+        latest = max([*(place[n] for n in kernel), *(last[n] for n in before if n in last)])
+        last |= dict.fromkeys(kernel, latest)
+    return sorted(kernels, key=lambda kernel: last[kernel[0]])
+
+
 class _Grouping:
     """Kernels in a line, each behind what it needs."""
 

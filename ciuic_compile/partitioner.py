@@ -66,10 +66,15 @@ class CiuicPartitioner(CustomPartitionerFn):
         self._frugal = frugal
         self.plan: Plan | None = None
         self.joint: Joint | None = None
+        self._by_last = False
         self.called = False
 
     def uuid(self) -> str:
         return self._key
+
+    def is_by_last(self) -> bool:
+        """Whether the backward's kernels are to run in the order of ``compat_order.py``."""
+        return self._by_last
 
     def __getstate__(self) -> dict[str, Any]:
         # Inductor pickles its configuration into cache keys; what identifies us there is the key alone.
@@ -106,7 +111,8 @@ class CiuicPartitioner(CustomPartitionerFn):
         chosen, notes = whole, dict[str, str]()
         if len(tried) > 1:
             chosen = self._choose(whole, losses, notes)
-        for base in [whole, losses] if chosen is whole and len(tried) > 1 else [chosen]:
+        either = len(tried) > 1 and (chosen is whole or chosen.infeasible is not None)
+        for base in [whole, losses] if either else [chosen]:
             if whole.feed_forwards.chunk is None:
                 break
             if self._config.chunk_ffn is not True and not chosen.misses and not chosen.model.short_of_memory:
@@ -135,6 +141,7 @@ class CiuicPartitioner(CustomPartitionerFn):
             self.lowers,
         )
         self.joint = joint_of(chosen.graphs)
+        self._by_last = chosen.draft.planned.by_last
         return chosen.graphs.forward, chosen.graphs.backward
 
     def _choose(self, current: Candidate, other: Candidate, notes: dict[str, str]) -> Candidate:
@@ -265,7 +272,8 @@ def partition_joint(
         pair = None
         if whole is None:
             pair = Graphs(*extract(captured.baseline_saved), num_fwd_outputs)
-            peaks = simulate(pair.forward.graph, pair.backward.graph, num_fwd_outputs, model.kind)
+            own = pair.forward.graph, pair.backward.graph
+            peaks = simulate(*own, num_fwd_outputs, model.kind, reorder=False)
         else:
             peaks = whole.baseline
         chunking = choose_chunks(model)

@@ -19,7 +19,7 @@ from .classify import packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
 from .fusion import decoded_to_memory, is_external, readers
-from .kernels import grouped, loop_of, maker_of, reduces
+from .kernels import by_last_value, grouped, loop_of, maker_of, reduces
 
 aten = torch.ops.aten
 #: Ops that add to places of a buffer -> which argument says what; computed in their loop over it.
@@ -60,7 +60,17 @@ class Schedule:
         """That of Inductor, as far as it is expected."""
         returned = {owner(n) for n in output_nodes(graph)}
         stored = stored_values(graph, returned)
-        kernels = in_kernels(stored)
+        return cls._in_order(in_kernels(stored), stored, returned)
+
+    def by_last_value(self) -> Schedule:
+        """The same kernels as ``compat_order.py`` orders them."""
+        returned = {storage for storage, last in self.last_use.items() if last == len(self.kernels)}
+        return self._in_order(by_last_value(self.kernels, self.stored), self.stored, returned)
+
+    @classmethod
+    def _in_order(
+        cls, kernels: Sequence[Sequence[fx.Node]], stored: Stored, returned: set[fx.Node]
+    ) -> Schedule:
         step = {node: i for i, kernel in enumerate(kernels) for node in kernel}
         readers: dict[fx.Node, set[int]] = {}  # storage -> kernels that read it
         for node, storages in stored.items():

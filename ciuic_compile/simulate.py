@@ -62,6 +62,7 @@ class Peaks:
     changes: tuple[tuple[Change, ...], ...] = field(default=(), compare=False, repr=False)
     rest: tuple[str, ...] = field(default=(), compare=False, repr=False)
     schedules: tuple[Schedule, ...] = field(default=(), compare=False, repr=False)
+    by_last: bool = False
 
     @property
     def peak(self) -> int:
@@ -69,11 +70,19 @@ class Peaks:
         return max(self.forward, self.backward)
 
 
-def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: str | None = None) -> Peaks:
+def simulate(
+    forward: fx.Graph,
+    backward: fx.Graph,
+    num_fwd_outputs: int,
+    kind: str | None = None,
+    reorder: bool = True,
+) -> Peaks:
     """Predicted peaks of one training step, in bytes, parameters and graph inputs excluded.
 
     Args:
         kind: type of device ("cuda", "cpu") that every value counts as being on; None: what each is on.
+        reorder: the backward's kernels run by their last values where that takes less; False: as Inductor
+            orders them.
     """
     hints = dict[Size, int]()
     saved = saved_storages(forward, num_fwd_outputs)
@@ -84,16 +93,22 @@ def simulate(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, kind: 
     live = {n: _size(n.meta.get("val"), hints) for n in arriving if n.name in names}
     beside = [n for n in outputs if n.op != "placeholder"] + [n for n in arriving if "tangents" in n.name]
     all_along = Counter(_size(n.meta.get("val"), hints) for n in beside)
-    schedules = Schedule.of(forward), Schedule.of(backward)
-    early = changes_by_step(schedules[0], {}, target, hints)
-    late = changes_by_step(schedules[1], live, target, hints)
+    first, second = Schedule.of(forward), Schedule.of(backward)
+    early = changes_by_step(first, {}, target, hints)
+    late = changes_by_step(second, live, target, hints)
+    tops = _tops(late, hints)
+    by_last = False
+    if reorder and (other := second.by_last_value()).kernels != second.kernels:
+        changed = changes_by_step(other, live, target, hints)
+        if by_last := max(lower := _tops(changed, hints)) < max(tops):
+            second, late, tops = other, changed, lower
     changes = (_joined(early), (*all_along.items(), *_joined(late))) if hints else ()
     total = sum(tensor_bytes(n.meta["val"]) for n in saved)
     beneath = sum(hints.get(size, size) * count for size, count in all_along.items())
-    tops = _tops(late, hints)
     highest = max(tops)
     rest = tuple(node.name for step in late[tops.index(highest) :] for node in step.kernel)
-    return Peaks(total, max(_tops(early, hints)), beneath + highest, changes, rest, schedules)
+    peaks = (total, max(_tops(early, hints)), beneath + highest)
+    return Peaks(*peaks, changes, rest, (first, second), by_last)
 
 
 def _tops(steps: Iterable[Step], hints: Mapping[Size, int]) -> list[int]:

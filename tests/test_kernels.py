@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ciuic_compile.capture import owner
-from ciuic_compile.kernels import Loop, loop_of
+from ciuic_compile.kernels import Loop, by_last_value, loop_of
 from ciuic_compile.schedule import in_kernels, output_nodes, stored_values
 from tests.stages import HandMade
 
@@ -172,8 +172,24 @@ def test_every_value_is_made_once_and_after_what_it_needs(steps: list[tuple[int,
         values.append(new)
     graph = made.output(*values[1:])
     stored = stored_values(graph, {owner(n) for n in output_nodes(graph)})
-    kernels = in_kernels(stored)
-    assert sorted(n.name for k in kernels for n in k) == sorted(n.name for n in stored)
-    place = {n: i for i, k in enumerate(kernels) for n in k}
-    for node, read in stored.items():
-        assert all(place[s] <= place[node] for s in read if s in place)
+    own = in_kernels(stored)
+    for kernels in (own, by_last_value(own, stored)):
+        assert sorted(n.name for k in kernels for n in k) == sorted(n.name for n in stored)
+        place = {n: i for i, k in enumerate(kernels) for n in k}
+        for node, read in stored.items():
+            assert all(place[s] <= place[node] for s in read if s in place)
+
+
+def test_a_kernel_of_two_layers_waits_for_the_later_one() -> None:
+    """In Inductor's own order it pulls what it needs before the products that are ready, as in a Llama."""
+    made = Made()
+    first = made.sum(made.mm(made.x), 0)
+    ready = made.mm(made.sin(made.x))
+    late = made.mm(made.x)
+    total = made.add(first, made.sum(late, 0))
+    graph = made.output(ready, total)
+    stored = stored_values(graph, {owner(n) for n in output_nodes(graph)})
+    own = in_kernels(stored)
+    for kernels, waits in ((own, False), (by_last_value(own, stored), True)):
+        order = [node for kernel in kernels for node in kernel]
+        assert (order.index(ready) < order.index(late)) is waits
