@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import compat, ops
+from .by_op import by_op
 from .capture import CapturedGraph, numel, operands, owner, tensor
 from .compat import packet as packet
 from .conditioning import ill_conditioned_operands
@@ -57,22 +59,33 @@ FEW = 4
 MIN_BITS = {TensorClass.ATTENTION_QK: 8}
 
 
-def is_attention(node: fx.Node) -> bool:
-    """Whether the node is a fused attention forward."""
-    name = str(getattr(node.target, "__name__", node.target))
+def _is_attention(target: Any) -> bool:
+    name = str(getattr(target, "__name__", target))
     return any(key in name for key in _ATTENTION) and "backward" not in name
 
 
-def is_contraction(node: fx.Node) -> bool:
+@by_op
+def is_attention(target: Any) -> bool:
+    """Whether the node is a fused attention forward."""
+    return _is_attention(target)
+
+
+@by_op
+def is_contraction(target: Any) -> bool:
     """Whether the node is a matmul, convolution or fused attention: never recomputed, never fused."""
-    return packet(node) in _CONTRACTIONS or is_attention(node)
+    return getattr(target, "overloadpacket", target) in _CONTRACTIONS or _is_attention(target)
+
+
+@by_op
+def _calls_reduction(target: Any) -> bool:
+    return getattr(target, "overloadpacket", target) in _REDUCTIONS
 
 
 def is_reduction(node: fx.Node) -> bool:
     """Whether the node reduces along a dimension (elementwise ``max(a, b)`` does not)."""
-    if packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) > 1:
-        return False
-    return packet(node) in _REDUCTIONS
+    return _calls_reduction(node) and not (
+        packet(node) in (aten.max, aten.min) and len(node.all_input_nodes) > 1
+    )
 
 
 def is_softmax(node: fx.Node) -> bool:

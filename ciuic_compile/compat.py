@@ -6,7 +6,6 @@ Line numbers and findings: docs/torch-internals.md.
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import importlib
 import operator
@@ -37,6 +36,8 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .by_op import by_op
+
 __all__ = [
     "NodeInfo",
     "collecting_later",
@@ -58,8 +59,8 @@ MOST_SIZE = 2**62  # bounds from here on are torch's way to say that there is no
 Chooser = Callable[[fx.Graph, NodeInfo, Callable[[], list[fx.Node]]], list[fx.Node]]
 _ops = _partitioners.get_default_op_list()
 _FUSIBLE = frozenset(_ops.fusible_ops)
-#: Pointwise in Inductor's lowering, beside what torch's partitioner calls fusible.
-_POINTWISE = {
+#: Pointwise in Inductor's lowering: more than what torch's partitioner calls fusible.
+_POINTWISE = _FUSIBLE | {
     torch.ops.aten.select_scatter,
     torch.ops.aten.slice_scatter,
     torch.ops.aten.embedding,
@@ -103,6 +104,21 @@ def without_code() -> Iterator[None]:
 
 
 @contextmanager
+def cheap_copies() -> Iterator[None]:
+    """Nodes are copied here in half the time: without torch 2.13's search for symbolic sizes among arguments,
+    of which it only warns, and the originals have been searched."""
+
+    def node_copy(graph: fx.Graph, node: fx.Node, transform: Callable[..., Any] = lambda n: n) -> fx.Node:
+        new: Any = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        new._update_args_kwargs(fx.map_arg(node.args, transform), fx.map_arg(node.kwargs, transform))
+        new.meta.update(node.meta)
+        return new  # type: ignore[no-any-return]
+
+    with mock.patch.object(fx.Graph, "node_copy", node_copy):
+        yield
+
+
+@contextmanager
 def collecting_later() -> Iterator[None]:
     """No garbage collection here: graphs are all cycles, and each full collection walks every live one."""
     enabled = gc.isenabled()
@@ -125,13 +141,11 @@ def must_save(node: fx.Node) -> bool:
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
 
-def is_view(node: fx.Node) -> bool:
+@by_op
+def is_view(target: Any) -> bool:
     """Whether a node's value aliases its first argument's storage."""
-    return isinstance(node.target, torch._ops.OpOverload) and _returns_view(node.target)
-
-
-@functools.cache
-def _returns_view(target: torch._ops.OpOverload) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
     if target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default):
         return True
     returns = target._schema.returns
@@ -149,14 +163,16 @@ def is_recomputable(node: fx.Node) -> bool:
     return bool(_ops.is_recomputable(node)) and not _ops.is_compute_intensive(node)
 
 
-def is_fusible(node: fx.Node) -> bool:
+@by_op
+def is_fusible(target: Any) -> bool:
     """Whether Inductor can fuse this op with pointwise neighbours."""
-    return packet(node) in _FUSIBLE
+    return getattr(target, "overloadpacket", target) in _FUSIBLE
 
 
-def is_pointwise(node: fx.Node) -> bool:
+@by_op
+def is_pointwise(target: Any) -> bool:
     """Whether Inductor computes the value element by element, wherever it is read."""
-    return is_fusible(node) or packet(node) in _POINTWISE
+    return getattr(target, "overloadpacket", target) in _POINTWISE
 
 
 def prefers_channels_last(graph: fx.Graph, kind: str | None = None) -> bool:

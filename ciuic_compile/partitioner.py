@@ -84,7 +84,7 @@ class CiuicPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.called = True
-        with compat.collecting_later():
+        with compat.collecting_later(), compat.cheap_copies():
             return with_room(lambda: self._partitioned(gm, joint_inputs, **kwargs))
 
     def _partitioned(
