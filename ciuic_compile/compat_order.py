@@ -36,7 +36,7 @@ class ByLastValue(_Pass):  # type: ignore[misc]
         last: dict[Any, int] = {}
         for node in nodes:
             before = (makers[d.name] for d in node.unmet_dependencies if d.name in makers)
-            last[node] = max([node.max_order, *(last[n] for n in before if n is not node)])
+            last[node] = max([node.max_order, *(last[n] for n in before if n in last)])
         return sorted(nodes, key=last.__getitem__)
 
     def uuid(self) -> str:
