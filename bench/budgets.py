@@ -118,12 +118,7 @@ def sweep(spec: dict[str, Any], end: float) -> list[dict[str, Any]]:
             given = {"report": "off", **options, **({} if budget is None else {"budget": budget})}
             run = torch.compile(view, backend="ciuic", options=given)
 
-        def loss(*batch: torch.Tensor) -> torch.Tensor:
-            with common.autocast(precision, device):
-                value: torch.Tensor = run(*batch)
-                return value
-
-        step = step_of(model, loss, inputs, targets)
+        step = step_of(model, common.under_autocast(run, precision, device), inputs, targets)
         try:
             step()
         except InfeasibleBudgetError as error:

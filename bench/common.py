@@ -39,6 +39,16 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def under_autocast(run: Callable[..., Tensor], precision: str, device: torch.device) -> Callable[..., Tensor]:
+    """The same function, called as :func:`autocast` says."""
+
+    def called(*batch: Tensor) -> Tensor:
+        with autocast(precision, device):
+            return run(*batch)
+
+    return called
+
+
 def compile_as(model: nn.Module, config: str) -> Callable[..., Tensor]:
     """Compile ``model`` as ``config`` says.
 

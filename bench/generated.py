@@ -37,6 +37,7 @@ from bench.models import MODELS, WithLoss
 from ciuic_compile import backend, compat, compat_wrapper, partitioner
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import _group
+from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.compat_order import ByLastValue
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import Trace
@@ -165,6 +166,17 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **option
     if not found:
         raise SystemExit("no training graph was planned; is this a CUDA build of torch?")
     return found[0]
+
+
+def own_partition(model: MemoryModel) -> Graphs:
+    """Inductor's own partition of a joint graph, on the pretended GPU."""
+    captured = model.captured
+    assert captured.graph.owning_module is not None
+    extract = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)
+    graphs = Graphs(*extract(captured.baseline_saved), captured.num_fwd_outputs)
+    on(CUDA, graphs.forward.graph)
+    on(CUDA, graphs.backward.graph)
+    return graphs
 
 
 @dataclass(frozen=True)

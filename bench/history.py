@@ -80,13 +80,7 @@ def main() -> None:
     options = {"mode": args.mode, "report": "off"} | ({"budget": args.budget} if args.budget else {})
     kwargs: dict[str, Any] = {"options": options} if args.backend == "ciuic" else {}
     run = torch.compile(WithLossView(model), backend=args.backend, **kwargs)
-
-    def loss(*batch: torch.Tensor) -> torch.Tensor:
-        with common.autocast("autocast", device):
-            value: torch.Tensor = run(*batch)
-            return value
-
-    step = step_of(model, loss, inputs, targets)
+    step = step_of(model, common.under_autocast(run, "autocast", device), inputs, targets)
     for _ in range(2):
         step()
     for plan in ciuic_compile.plans():

@@ -28,10 +28,8 @@ from bench.language import Llama, TransformerConfig
 from bench.models import WithLoss
 from bench.step_time import WithLossView, build, footprint, ratio, step_of, take_turns
 from ciuic_compile import analyze
-from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.config import set_default_config
 from ciuic_compile.devices import named
-from ciuic_compile.passes import Graphs
 from ciuic_compile.simulate import simulate
 
 LLAMA = {"d": 4096, "heads": 32, "kv_heads": 32, "ff": 11008, "vocab": 32000}
@@ -94,7 +92,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
 def planned(shape: TransformerConfig, config: str, replay: bool) -> dict[str, Any]:
     """Plan one configuration on a pretended H200; "inductor" is its own partition of the same graph."""
     from bench.alive import at_peaks
-    from bench.generated import CUDA, on, rewritten
+    from bench.generated import own_partition, rewritten
     from bench.simulated import replayed
 
     with torch.device("meta"):
@@ -108,16 +106,9 @@ def planned(shape: TransformerConfig, config: str, replay: bool) -> dict[str, An
         made = rewritten(model, mode, ids, ids.clone(), **options)
     seconds = time.perf_counter() - start
     plan, graphs = made.plan, made.graphs
-    if config == "inductor":
-        captured = (made.model.original or made.model).captured
-        assert captured.graph.owning_module is not None
-        own = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
-            captured.baseline_saved
-        )
-        for gm in own:
-            on(CUDA, gm.graph)
-        graphs = Graphs(*own, captured.num_fwd_outputs)
     ours = config != "inductor"
+    if not ours:
+        graphs = own_partition(made.model.original or made.model)
     pair = graphs.forward.graph, graphs.backward.graph
     peaks = simulate(*pair, graphs.num_fwd_outputs, reorder=ours)
     result = {

@@ -17,12 +17,11 @@ import torch
 from torch import fx
 
 from bench import common
-from bench.generated import CUDA, generated, on, rewritten
+from bench.generated import generated, own_partition, rewritten
 from bench.models import MODELS, WithLoss
 from bench.peaks import GPU_SHAPES, percent
 from ciuic_compile.allocator import ExactAllocator
 from ciuic_compile.capture import owner
-from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.confirm import joint_of
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import StepPeaks, replay
@@ -68,16 +67,10 @@ def cell(
         )
     if mode != "inductor":
         return made.plan.simulated_peak_bytes, replayed(made.graphs, made.by_last)
-    captured = made.model.captured
-    assert captured.graph.owning_module is not None
-    pair = Extractor(captured.graph.owning_module, captured.info, captured.num_fwd_outputs)(
-        captured.baseline_saved
-    )
-    for gm in pair:
-        on(CUDA, gm.graph)
-    graphs = pair[0].graph, pair[1].graph
-    peaks = simulate(*graphs, captured.num_fwd_outputs, reorder=False)  # the plan's is of the CPU
-    return peaks.peak, replayed(Graphs(*pair, captured.num_fwd_outputs), by_last=False)
+    own = own_partition(made.model)
+    pair = own.forward.graph, own.backward.graph
+    peaks = simulate(*pair, own.num_fwd_outputs, reorder=False)  # the plan's is of the CPU
+    return peaks.peak, replayed(own, by_last=False)
 
 
 def main() -> None:

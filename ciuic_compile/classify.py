@@ -73,12 +73,12 @@ def is_attention(target: Any) -> bool:
 @by_op
 def is_contraction(target: Any) -> bool:
     """Whether the node is a matmul, convolution or fused attention: never recomputed, never fused."""
-    return getattr(target, "overloadpacket", target) in _CONTRACTIONS or _is_attention(target)
+    return compat.packet_of(target) in _CONTRACTIONS or _is_attention(target)
 
 
 @by_op
 def _calls_reduction(target: Any) -> bool:
-    return getattr(target, "overloadpacket", target) in _REDUCTIONS
+    return compat.packet_of(target) in _REDUCTIONS
 
 
 def is_reduction(node: fx.Node) -> bool:

@@ -155,7 +155,12 @@ def is_view(target: Any) -> bool:
 
 def packet(node: fx.Node) -> object:
     """The op without its overload, e.g. ``aten.mm``; the target itself for other callables."""
-    return getattr(node.target, "overloadpacket", node.target)
+    return packet_of(node.target)
+
+
+def packet_of(target: object) -> object:
+    """The same of what a node calls."""
+    return getattr(target, "overloadpacket", target)
 
 
 def is_recomputable(node: fx.Node) -> bool:
@@ -166,13 +171,13 @@ def is_recomputable(node: fx.Node) -> bool:
 @by_op
 def is_fusible(target: Any) -> bool:
     """Whether Inductor can fuse this op with pointwise neighbours."""
-    return getattr(target, "overloadpacket", target) in _FUSIBLE
+    return packet_of(target) in _FUSIBLE
 
 
 @by_op
 def is_pointwise(target: Any) -> bool:
     """Whether Inductor computes the value element by element, wherever it is read."""
-    return getattr(target, "overloadpacket", target) in _POINTWISE
+    return packet_of(target) in _POINTWISE
 
 
 def prefers_channels_last(graph: fx.Graph, kind: str | None = None) -> bool:

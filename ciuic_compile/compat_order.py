@@ -8,9 +8,8 @@ from typing import Any
 from torch._inductor import custom_graph_pass
 from torch._inductor.virtualized import V
 
-_Pass: Any = getattr(
-    custom_graph_pass, "CustomSchedulerPass", object
-)  # from 2.13 on; cached code needs it there
+# From torch 2.13 on, where code made with any other callable is not cached.
+_Pass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
 
 
 class ByLastValue(_Pass):  # type: ignore[misc]

@@ -63,9 +63,12 @@ class Schedule:
         return cls._in_order(in_kernels(stored), stored, returned)
 
     def by_last_value(self) -> Schedule:
-        """The same kernels as ``compat_order.py`` orders them."""
+        """The same kernels as ``compat_order.py`` orders them; itself where that changes nothing."""
+        kernels = by_last_value(self.kernels, self.stored)
+        if kernels == self.kernels:
+            return self
         returned = {storage for storage, last in self.last_use.items() if last == len(self.kernels)}
-        return self._in_order(by_last_value(self.kernels, self.stored), self.stored, returned)
+        return self._in_order(kernels, self.stored, returned)
 
     @classmethod
     def _in_order(

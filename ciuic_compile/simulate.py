@@ -98,7 +98,7 @@ def simulate(
     late = changes_by_step(second, live, target, hints)
     tops = _tops(late, hints)
     by_last = False
-    if reorder and (other := second.by_last_value()).kernels != second.kernels:
+    if reorder and (other := second.by_last_value()) is not second:
         changed = changes_by_step(other, live, target, hints)
         if by_last := max(lower := _tops(changed, hints)) < max(tops):
             second, late, tops = other, changed, lower
