@@ -1,6 +1,7 @@
 """How far from the optimum plans under a budget may be: every bench model, planned for a GPU without one.
 
     python -m bench.gaps --device h100 --shares 1.3 1.0 0.85
+    python -m bench.gaps --models llama --batch 32 --budgets 3004MiB 2839MiB
 
 Budgets are shares of the peak of the lossless plan without one. "cost" is what the plan takes beyond
 Inductor's own choice, by the time model; the gap is the optimiser's certificate (docs/budgets.md).
@@ -18,30 +19,34 @@ import torch
 from bench import common
 from bench.models import MODELS, WithLoss
 from ciuic_compile import Plan, planning
+from ciuic_compile.config import parse_size
 from ciuic_compile.errors import InfeasibleBudgetError
 
 COLUMNS = ("model", "budget MiB", "peak", "cost us", "gap %", "deadline", "CPU s")
 
 
-def planned(name: str, size: str, device: str, options: dict[str, Any]) -> Plan:
+def planned(name: str, args: argparse.Namespace, options: dict[str, Any]) -> Plan:
     """The plan of one autocast step of a bench model."""
-    built, batches, loss = MODELS[name](size)
+    built, batches, loss = MODELS[name](args.size, args.batch)
     inputs = batches(0, torch.device("cpu"))
     (plan,) = planning.plan(
-        WithLoss(built, loss), inputs, options=options, device=device, autocast="bfloat16"
+        WithLoss(built, loss), inputs, options=options, device=args.device, autocast="bfloat16"
     )
     return plan
 
 
 def rows_of(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a budget."""
-    free = planned(name, args.size, args.device, {"mode": "lossless"})
+    budgets = [parse_size("--budgets", b) for b in args.budgets or ()]
+    if not budgets:
+        free = planned(name, args, {"mode": "lossless"})
+        budgets = [int(share * free.planned_peak_bytes) for share in args.shares]
     rows = []
-    for share in args.shares:
-        budget, start = int(share * free.planned_peak_bytes), time.process_time()
+    for budget in budgets:
+        start = time.process_time()
         row: dict[str, Any] = {"model": name, "budget": budget}
         try:
-            plan = planned(name, args.size, args.device, {"mode": args.mode, "budget": budget})
+            plan = planned(name, args, {"mode": args.mode, "budget": budget})
         except InfeasibleBudgetError as error:
             rows.append(row | {"smallest": error.smallest_bytes})
             continue
@@ -61,6 +66,8 @@ def main() -> None:
     parser.add_argument("--device", default="h100")
     parser.add_argument("--mode", default="lossless")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.3, 1.0, 0.85])
+    parser.add_argument("--budgets", nargs="+", help="these instead, such as 3004MiB")
+    parser.add_argument("--batch", type=int, help="samples; default: the model's own")
     parser.add_argument("--out", help="JSON file to write")
     args = parser.parse_args()
     rows = [row for name in args.models for row in rows_of(name, args)]
