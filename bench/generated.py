@@ -34,7 +34,7 @@ from torch._inductor.virtualized import V
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from bench.models import MODELS, WithLoss
-from ciuic_compile import backend, compat, compat_wrapper, partitioner
+from ciuic_compile import backend, compat_trace, compat_wrapper, partitioner
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import _group
 from ciuic_compile.compat_extract import Extractor
@@ -133,26 +133,28 @@ class Planned:
 def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **options: Any) -> Planned:
     """Plan and rewrite a training step on the pretended GPU, under more options; nothing is run."""
     found: list[Planned] = []
-    real_plan, real_trace = partitioner.plan_and_rewrite, compat.trace
+    real_plan, real_trace = partitioner.plan_and_rewrite, compat_trace.trace
 
     def plan(name: str, model: Any, selection: Any, baseline: Any, graphs: Graphs, *rest: Any) -> Any:
         on(CUDA, graphs.forward.graph)
         on(CUDA, graphs.backward.graph)
-        with pretended_gpu(), mock.patch.object(compat, "trace", trace):
+        with pretended_gpu(), mock.patch.object(compat_trace, "trace", trace):
             draft = partitioner.make_draft(model, selection, graphs)
             made = real_plan(name, model, selection, baseline, graphs, 0, draft)
         found.append(Planned(made, model, graphs, draft.planned.by_last))
         raise _Done
 
-    def trace(fn: Any, args: Any) -> fx.Graph:  # where tensors of the CPU are, no device guard runs
+    def trace(
+        fn: Any, args: Any, kernels: bool
+    ) -> compat_trace.Trace:  # where tensors of the CPU are, no device guard runs
         graph = fx.Graph()
         stand_ins = [graph.placeholder(f"x{i}") for i in range(len(args))]
         for stand_in, node in zip(stand_ins, args, strict=True):
             stand_in.meta["val"] = node.meta["val"]
         on(torch.device("cpu"), graph)
         with mock.patch.object(_group, "GROUP_ORDER", ()):
-            traced = real_trace(fn, stand_ins)
-        on(CUDA, traced)
+            traced = real_trace(fn, stand_ins, kernels)
+        on(CUDA, traced.graph)
         return traced
 
     with (

@@ -25,12 +25,9 @@ from torch._functorch._aot_autograd.descriptors import (
     SavedForBackwardsNoVcCheckAOTOutput,
 )
 from torch._functorch.partitioners import NodeInfo, must_recompute
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.pattern_matcher import stable_topological_sort as sort
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental import symbolic_shapes
-from torch.fx.experimental.proxy_tensor import is_sym_node, make_fx
+from torch.fx.experimental.proxy_tensor import is_sym_node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -345,94 +342,6 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
                 *(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args)
             )
     return proxy.node  # type: ignore[no-any-return]
-
-
-def trace(fn: Callable[..., tuple[torch.Tensor, ...]], args: Sequence[fx.Node]) -> fx.Graph:
-    """Trace ``fn`` on the nodes' fake values.
-
-    Inductor's decompositions apply, and kernels become ``triton_kernel_wrapper_functional`` nodes, which
-    Inductor sees through.
-    """
-    values = [a.meta["val"] for a in args]
-    fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))  # type: ignore[attr-defined]
-    with fake_mode:
-        traced = make_fx(
-            dispatch_functionalize(fn),
-            decomposition_table=select_decomp_table(),
-            tracing_mode="symbolic",
-            _allow_non_fake_inputs=True,
-        )(*values)
-    traced.graph.eliminate_dead_code()
-    return traced.graph
-
-
-def inline(graph: fx.Graph, before: fx.Node, traced: fx.Graph, args: Sequence[fx.Node]) -> list[fx.Node]:
-    """Copy a traced function's nodes into ``graph`` before a node; return the nodes of its results.
-
-    Each copy gets fake values of its own: with those of the trace, Inductor would take two copies of a kernel
-    for writers of one storage, and run one of them on a clone of its (empty) output.
-    """
-    environment = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
-    origin = {
-        k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "autograd_backward")
-    }
-    with graph.inserting_before(before):
-        for node in traced.nodes:
-            if node.op == "call_function":
-                copy = graph.node_copy(node, environment.__getitem__)
-                copy.meta.update(origin)
-                copy.meta["val"] = _own_value(copy, node)
-                environment[node] = copy
-            elif node.op not in ("placeholder", "output"):
-                raise AssertionError(
-                    f"a codec may not use {node.op} nodes ({node.target}): pass constants as arguments"
-                )
-    (results,) = traced.output_node().args
-    assert isinstance(results, (tuple, list))
-    return [environment[n] for n in results if isinstance(n, fx.Node)]
-
-
-def _own_value(node: fx.Node, traced: fx.Node) -> Any:
-    """A copy of a traced node's fake value in a storage of its own; views stay views of their input's."""
-    if is_getitem(node):
-        source, key = node.args
-        assert isinstance(source, fx.Node)
-        return source.meta["val"][key]
-    value = node.meta["val"]
-    if isinstance(value, FakeTensor) and not is_view(node):
-        return fresh(value)  # most are this
-    tensors = [v for v in torch.utils._pytree.tree_leaves(value) if isinstance(v, FakeTensor)]
-    if tensors and is_view(node):
-        if (viewed := _viewed(node, traced)) is not None:
-            return viewed
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        assert callable(node.target)
-        with tensors[0].fake_mode:
-            return node.target(*args, **kwargs)
-    return torch.utils._pytree.tree_map_only(FakeTensor, fresh, value)
-
-
-def _viewed(node: fx.Node, traced: fx.Node) -> FakeTensor | None:
-    """The view of its first input's storage that the traced node has of its own; None for dynamic sizes."""
-    value, source, origin = traced.meta["val"], node.args[0], traced.args[0]
-    if not (isinstance(value, FakeTensor) and isinstance(source, fx.Node) and isinstance(origin, fx.Node)):
-        return None
-    base, before = source.meta["val"], origin.meta["val"]
-    offset = value.storage_offset() - before.storage_offset() + base.storage_offset()
-    sizes = (*value.shape, *value.stride(), offset)
-    if not all(type(s) is int for s in sizes):
-        return None
-    with torch._C._DisableTorchDispatch():
-        like = torch.empty(0, dtype=value.dtype, device="meta")
-        like.set_(base.untyped_storage(), offset, value.shape, value.stride())
-        return FakeTensor(value.fake_mode, like, value.device)
-
-
-def fresh(value: Any) -> Any:
-    """A fake tensor like another, made without the fake mode's dispatch, which took most of the time."""
-    with torch._C._DisableTorchDispatch():
-        like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return FakeTensor(value.fake_mode, like, value.device)
 
 
 def forget_compiled(function: Callable[..., object]) -> None:

@@ -185,6 +185,8 @@ def written_over(
         made: bytes of what gets a buffer here.
     """
     over = set[fx.Node]()
+    if not any(dying.get(storage) == made[n] for n in kernel if n in made for storage in stored[n]):
+        return over  # most kernels
     above: dict[fx.Node, set[fx.Node]] = {}  # of the same kernel, what each is computed from, and itself
     users: dict[fx.Node, set[fx.Node]] = {}
     elsewhere = set[fx.Node]()

@@ -21,11 +21,12 @@ import torch
 from torch import fx
 
 from . import compat
+from .by_op import by_op
 from .capture import owner, tensor
 from .classify import is_reduction
 from .codecs.base import Size
 from .schedule import Schedule, output_nodes, written_over
-from .workspace import Operand, workspaces
+from .workspace import Operand, takes_workspace, workspaces
 
 
 def tensor_bytes(value: object) -> int:
@@ -229,7 +230,7 @@ def _results(schedule: Schedule, now: int, hints: dict[Size, int]) -> list[tuple
 
 def _temporaries(node: fx.Node, target: _Target, hints: dict[Size, int]) -> Size:
     """Bytes that a library's call takes for itself, in the layouts that Inductor will give it."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload) or not _takes_workspace(node):
         return 0
     names = (a.name for a in node.target._schema.arguments)
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -245,6 +246,11 @@ def _temporaries(node: fx.Node, target: _Target, hints: dict[Size, int]) -> Size
     if not isinstance(size, int):
         hints[size] = compat.hint(inside)
     return size
+
+
+@by_op
+def _takes_workspace(target: object) -> bool:
+    return takes_workspace(str(target))
 
 
 def _operand(value: torch.Tensor, channels_last: bool) -> Operand:

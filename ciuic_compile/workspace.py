@@ -21,6 +21,7 @@ _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped key
     "efficient_attention_backward": (64, False),
     "cudnn_attention_backward": (1, True),
 }
+_EMBEDDING_BACKWARD = ("embedding_dense_backward", "ciuic.embedding_gradient")
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
 _MATMULS = ("mm", "addmm", "bias_addmm", "bmm", "baddbmm", "mm_plus_mm", "_int_mm")
 _CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to a multiple
@@ -100,6 +101,12 @@ def workspaces(
     return tuple(n for n in _blocks(op, operands, result, arguments or {}) if n)
 
 
+def takes_workspace(op: str) -> bool:
+    """Whether an op is one that :func:`workspaces` knows."""
+    known = (*_ATTENTION_BACKWARD, *_EMBEDDING_BACKWARD, "aten.convolution_backward.", "aten.convolution.")
+    return any(name in op for name in known)
+
+
 def _blocks(
     op: str, operands: Sequence[Operand], result: Operand | None, arguments: Mapping[str, object]
 ) -> Sequence[int]:
@@ -109,7 +116,7 @@ def _blocks(
     for name, (row_block, expands) in _ATTENTION_BACKWARD.items():
         if name in op:
             return (_attention(shapes, operands[0].itemsize, row_block, expands),)
-    if "embedding_dense_backward" in op or "ciuic.embedding_gradient" in op:
+    if any(name in op for name in _EMBEDDING_BACKWARD):
         return (_embedding(shapes[0], shapes[1]),)
     if "aten.convolution_backward." in op and len(operands) == 3:
         gradient, image, weight = operands

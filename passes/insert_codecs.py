@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ciuic_compile import compat, markers
+from ciuic_compile import compat, compat_trace, markers
 from ciuic_compile.codecs import get_codec
 
 from ._infra import Graphs, PassResult
@@ -63,7 +63,7 @@ def _encode(
         with value.fake_mode:  # type: ignore[attr-defined]
             parts = get_codec(codec).encode(value, impl="reference")
             templates[key] = tuple(torch.empty_like(p, memory_format=torch.contiguous_format) for p in parts)
-    encoded = tuple(map(compat.fresh, templates[key]))
+    encoded = tuple(map(compat_trace.fresh, templates[key]))
     origin = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack", "original_aten")}
     with graph.inserting_after(node):
         call = graph.call_function(markers.encode, (node, codec), name=f"{node.name}_encode")

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ciuic_compile import compat, markers
+from ciuic_compile import compat_trace, markers
 from ciuic_compile.codecs import get_codec
+from ciuic_compile.codecs.base import resolve_impl
 from ciuic_compile.fusion import decoded_to_memory
 
 from ._infra import Graphs, PassResult
@@ -39,7 +40,7 @@ class LowerCodecs:
     devices: tuple[str, ...] = ("cuda",)
 
     def run(self, graphs: Graphs) -> PassResult:
-        traced: dict[object, fx.Graph] = {}  # identical layers are traced once
+        traced: dict[object, compat_trace.Trace] = {}  # identical layers are traced once
         parts: dict[fx.Node, fx.Node] = {}
         changed = False
         for graph in (graphs.forward.graph, graphs.backward.graph):
@@ -55,7 +56,7 @@ class LowerCodecs:
         return PassResult(changed)
 
     def _encode(
-        self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]
+        self, graph: fx.Graph, call: fx.Node, traced: dict[object, compat_trace.Trace]
     ) -> dict[fx.Node, fx.Node]:
         """Write the codec's nodes beside the marker; which of its parts each of their results is."""
         node, name = call.args
@@ -67,8 +68,9 @@ class LowerCodecs:
 
         key = ("encode", name, _signature(node))
         if key not in traced:
-            traced[key] = compat.trace(fn, [node])
-        results = compat.inline(graph, call, traced[key], [node])
+            kernels = resolve_impl(self.encode, node.meta["val"].device) == "kernel"
+            traced[key] = compat_trace.trace(fn, [node], kernels)
+        results = compat_trace.inline(graph, call, traced[key], [node])
         parts: dict[fx.Node, fx.Node] = {}
         for user in call.users:
             (_, index) = user.args
@@ -76,7 +78,7 @@ class LowerCodecs:
             parts[user] = results[index]
         return parts
 
-    def _decode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, fx.Graph]) -> None:
+    def _decode(self, graph: fx.Graph, call: fx.Node, traced: dict[object, compat_trace.Trace]) -> None:
         received, name, shape, order, dtype = call.args
         codec = get_codec(str(name))
         assert isinstance(received, (list, tuple)) and isinstance(shape, (list, tuple))
@@ -101,8 +103,8 @@ class LowerCodecs:
         sizes = tuple(str(s.meta["val"]) if isinstance(s, fx.Node) else s for s in shape)
         key = ("decode", name, impl, flat, dtype, sizes, tuple(order), *map(_signature, received))
         if key not in traced:
-            traced[key] = compat.trace(fn, arguments)
-        (result,) = compat.inline(graph, call, traced[key], arguments)
+            traced[key] = compat_trace.trace(fn, arguments, impl == "kernel")
+        (result,) = compat_trace.inline(graph, call, traced[key], arguments)
         result.meta["val"] = call.meta["val"]
         call.replace_all_uses_with(result)
         graph.erase_node(call)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ciuic_compile import compat, markers
+from ciuic_compile import compat_trace, markers
 from ciuic_compile.errors import OptionError, PassError, VerificationError
 from ciuic_compile.passes import (
     Graphs,
@@ -330,8 +330,8 @@ def test_copies_of_one_trace_have_storages_of_their_own() -> None:
         out = torch.empty(4, 64)
         return (out.view(-1), x.view(64, 4).t())
 
-    traced = compat.trace(encode, [inputs[0]])
-    results = [compat.inline(made.graph, end, traced, [x]) for x in inputs]
+    traced = compat_trace.trace(encode, [inputs[0]])
+    results = [compat_trace.inline(made.graph, end, traced, [x]) for x in inputs]
 
     def storage(node: fx.Node) -> object:
         return node.meta["val"].untyped_storage()._cdata
