@@ -320,23 +320,62 @@ def test_a_model_without_anything_to_save_passes() -> None:
     assert isinstance(graphs.forward, fx.GraphModule)
 
 
-def test_copies_of_one_trace_have_storages_of_their_own() -> None:
-    """Inductor clones what a kernel writes when another node's fake value shares its storage."""
+def copies(
+    encode: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], kernels: bool
+) -> tuple[list[fx.Node], list[list[fx.Node]], fx.Graph]:
+    """Two inputs, the results of a trace's copy for each, and the graph that they are in."""
     made = HandMade()
     inputs = [made.placeholder(f"x{i}", 4, 64) for i in range(2)]
     end = made.call(aten.add.Tensor, *inputs)
+    traced = compat_trace.trace(encode, [inputs[0]], kernels)
+    return inputs, [compat_trace.inline(made.graph, end, traced, [x]) for x in inputs], made.graph
+
+
+def storage(node: fx.Node) -> object:
+    return node.meta["val"].untyped_storage()._cdata
+
+
+def test_copies_of_kernels_have_storages_of_their_own() -> None:
+    """Inductor clones what a kernel writes when another node's fake value shares its storage."""
+
+    @torch.library.custom_op("tests::fill", mutates_args=("out",))
+    def fill(out: torch.Tensor) -> None:
+        out.fill_(1.0)
 
     def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = torch.empty(4, 64)
+        fill(out)
         return (out.view(-1), x.view(64, 4).t())
 
-    traced = compat_trace.trace(encode, [inputs[0]])
-    results = [compat_trace.inline(made.graph, end, traced, [x]) for x in inputs]
-
-    def storage(node: fx.Node) -> object:
-        return node.meta["val"].untyped_storage()._cdata
-
-    (first, first_view), (second, second_view) = results
+    inputs, ((first, first_view), (second, second_view)), _ = copies(encode, kernels=True)
     assert storage(first) != storage(second)
     assert [storage(v) for v in (first_view, second_view)] == [storage(x) for x in inputs]
+    assert isinstance(first.args[0], fx.Node)
     assert storage(first.args[0]) == storage(first), "a view still shares its base's"
+
+
+def test_copies_without_kernels_share_values_but_show_their_own_inputs() -> None:
+    inputs, ((first, first_view), (second, second_view)), _ = copies(
+        lambda x: (x + 1.0, x.view(64, 4).t()), kernels=False
+    )
+    assert first is not second and storage(first) == storage(second)
+    assert [storage(v) for v in (first_view, second_view)] == [storage(x) for x in inputs]
+
+
+def test_a_trace_computes_nothing_twice() -> None:
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x.permute(0, 1).abs() + torch.where(x > 0.0, x.abs(), 0.0),)
+
+    _, (results, _), graph = copies(encode, kernels=False)
+    assert len(graph.find_nodes(op="call_function", target=aten.abs.default)) == 2, "one for each copy"
+    assert not graph.find_nodes(op="call_function", target=aten.permute.default)
+    assert [tuple(r.meta["val"].shape) for r in results] == [(4, 64)]
+
+
+def test_what_a_codec_writes_in_place_is_functional_in_the_graph() -> None:
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x.clone().mul_(2.0),)
+
+    _, _, graph = copies(encode, kernels=False)
+    targets = [n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    assert aten.mul.Tensor in targets and not any(t._schema.is_mutable for t in targets)
