@@ -211,15 +211,30 @@ def is_symbolic(node: fx.Node) -> bool:
 
 
 def hint(value: int | torch.SymInt | sympy.Expr, fallback: int = 4096) -> int:
-    """A concrete size for planning: the example's own value; ``fallback`` for unbacked symbols."""
+    """A concrete size for planning: the example's own value.
+
+    Of each symbol that depends on data it takes ``fallback``, or the nearest that it may be, as Inductor does
+    (sizevars.py, ``optimization_hint``).
+    """
     if isinstance(value, int):
         return value
     if isinstance(value, torch.SymInt):
         node = value.node
-        if node.has_hint():
-            return int(node.hint)
-        return fallback
+        return int(node.hint) if node.has_hint() else _likely(node.expr, node.shape_env, fallback)
     return int(value) if value.is_number else fallback
+
+
+def _likely(expression: sympy.Expr, env: ShapeEnv, fallback: int) -> int:
+    values = _examples(env)
+    for symbol in expression.free_symbols - values.keys():
+        bounds = env.bound_sympy(symbol)
+        values[symbol] = max(bounds.lower, min(bounds.upper, sympy.Integer(fallback)))
+    return int(expression.xreplace(values))
+
+
+def _examples(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Integer]:
+    """The sizes that dynamic ones have in the example."""
+    return dict(env.backed_var_to_val)
 
 
 def number(value: Any, fallback: float = 1.0) -> float:
@@ -261,7 +276,7 @@ def described(env: ShapeEnv, symbol: sympy.Symbol) -> tuple[str, int | None, int
     """Where a size comes from, its value in the example (None: it depends on data), least and most."""
     source = next(iter(env.var_to_sources.get(symbol, ())), None)
     name = "" if source is None else source.name if isinstance(source.name, str) else source.name()
-    known = getattr(env, "backed_var_to_val", None) or env.var_to_val  # 2.13, 2.11
+    known = _examples(env)
     bounds = env.bound_sympy(symbol)
     most = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < MOST_SIZE else None
     least = int(bounds.lower) if bounds.lower.is_Integer else 0

@@ -276,6 +276,23 @@ def test_several_batch_sizes(dynamic: bool | None) -> None:
     assert "s" in plans[0].symbolic_saved_bytes if dynamic else plans[0].symbolic_saved_bytes.isdigit()
 
 
+@pytest.mark.parametrize("mode", ["lossless", "4:1"])
+def test_sizes_that_depend_on_data(mode: str) -> None:
+    """As many rows as a mask has: planned at a guess, the same one wherever bytes are counted."""
+
+    def chosen(layers: nn.ModuleList, x: Tensor, mask: Tensor) -> Tensor:
+        rows_left = layers[2](x)[mask.nonzero().squeeze(1)]
+        return layers[2](F.layer_norm(F.gelu(rows_left), (64,))).sum(1, keepdim=True) * rows_left
+
+    model, arguments = Lambda(chosen), [rows(), torch.arange(33) % 3 > 0]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        eager, ours = step(model, arguments, "eager"), step(model, arguments, mode)
+    (plan,) = ours.plans
+    assert 0 < plan.planned_saved_bytes <= plan.baseline_saved_bytes
+    torch.testing.assert_close(ours.outputs[0], eager.outputs[0], rtol=1e-5, atol=1e-6)
+    assert max(errors(eager, ours).values()) <= max(ours.bound, ROUNDING)
+
+
 @pytest.mark.parametrize("mode", ["4:1", "6:1"])
 def test_relu_masks_are_exact(mode: str) -> None:
     """The gradient of what goes into a ReLU is zero exactly where eager's is, although its value is lossy."""
