@@ -218,7 +218,7 @@ def generated(
     with (
         pretended_gpu(),
         inductor_config.patch(backend.CUDA_PATCHES),
-        inductor_config.patch(_post_fusion_custom_pass=ByLastValue(lambda: by_last)),
+        inductor_config.patch(_post_fusion_custom_pass=ByLastValue(lambda: by_last, None)),
         torch.no_grad(),
         fake_mode,
         V.set_fake_mode(fake_mode),

@@ -37,6 +37,8 @@ CUDA_PATCHES: dict[str, Any] = {
 _plans: list[Plan] = []
 _counter = itertools.count()
 
+_AFTER_FUSION = "_post_fusion_custom_pass"
+
 
 def ciuic(
     gm: fx.GraphModule,
@@ -129,8 +131,9 @@ def _planned(
     missed: InfeasibleBudgetError | None = None
     while aim is not None:
         partitioner = CiuicPartitioner(config, key, name, aim.correction, aim.kind == "own")
-        order = ByLastValue(partitioner.is_by_last)
-        ours = {"_post_fusion_custom_pass": order, **patches, "custom_partitioner_fn": partitioner}
+        theirs = patches.get(_AFTER_FUSION, getattr(inductor_config, _AFTER_FUSION))
+        order = ByLastValue(partitioner.is_by_last, theirs)
+        ours = {**patches, _AFTER_FUSION: order, "custom_partitioner_fn": partitioner}
         try:
             with compat_wrapper.recorded() as recording:
                 compiled = _inductor(gm, example_inputs, ours)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import math
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
@@ -95,8 +97,16 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 @contextmanager
 def without_code() -> Iterator[None]:
-    """Graph modules made here generate no Python code, a third of the time to make one of a large graph."""
-    with mock.patch.object(fx.GraphModule, "recompile", return_value=None):
+    """Graph modules made here generate no Python code, a third of the time to make one of a large graph.
+
+    Those of other threads do, which may trace something else meanwhile.
+    """
+    recompile, here = fx.GraphModule.recompile, threading.get_ident()
+
+    def elsewhere(gm: fx.GraphModule) -> Any:
+        return recompile(gm) if threading.get_ident() != here else None
+
+    with mock.patch.object(fx.GraphModule, "recompile", elsewhere):
         yield
 
 
@@ -329,6 +339,24 @@ def is_getitem(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def _rounding(function: Callable[..., int]) -> Callable[[Any, torch.dtype], Any]:
+    def call_of(x: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(x, fx.Proxy):
+            return function(x)
+        return fx.Proxy(x.node.graph.call_function(function, (x.node,)))
+
+    return call_of
+
+
+class _OnNodes(PythonReferenceAnalysis):
+    """Sizes computed by a graph's nodes; Python's own roundings would ask one for a number at once."""
+
+    trunc_to_int = staticmethod(_rounding(math.trunc))
+    floor_to_int = staticmethod(_rounding(math.floor))
+    ceil_to_int = staticmethod(_rounding(math.ceil))
+    round_to_int = staticmethod(_rounding(round))
+
+
 def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     """A node of ``graph`` that computes ``size`` from the graph's symbol inputs (ints stay ints).
 
@@ -350,7 +378,7 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     if expression in inputs:
         return inputs[expression].node
     before = set(graph.nodes)
-    proxy = sympy_interp(PythonReferenceAnalysis, inputs, expression)
+    proxy = sympy_interp(_OnNodes, inputs, expression)
     for node in graph.nodes:
         if node not in before:
             node.meta["val"] = node.target(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +22,19 @@ class ByLastValue(_Pass):  # type: ignore[misc]
 
     Args:
         wanted: whether the plan's simulation takes less memory so (``kernels.by_last_value``).
+        theirs: the user's own pass, which runs after it.
     """
 
-    def __init__(self, wanted: Callable[[], bool]) -> None:
-        self._wanted = wanted
+    def __init__(self, wanted: Callable[[], bool], theirs: Callable[[list[Any]], list[Any]] | None) -> None:
+        self._wanted, self._theirs = wanted, theirs
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         """Scheduler nodes after fusion, in their new order."""
-        if not nodes or not V.graph.is_backward or not self._wanted():
-            return nodes
+        if nodes and V.graph.is_backward and self._wanted():
+            nodes = self._ordered(nodes)
+        return nodes if self._theirs is None else self._theirs(nodes)
+
+    def _ordered(self, nodes: list[Any]) -> list[Any]:
         nodes = nodes[0].scheduler.topological_sort_schedule(nodes)
         makers = {name: node for node in nodes for name in node.get_buffer_names()}
         last: dict[Any, int] = {}
@@ -38,9 +43,16 @@ class ByLastValue(_Pass):  # type: ignore[misc]
             last[node] = max([node.max_order, *(last[n] for n in before if n in last)])
         return sorted(nodes, key=last.__getitem__)
 
-    def uuid(self) -> str:
-        """What Inductor hashes into the keys of cached code; the plan is in its partitioner's."""
-        return f"{__name__}.{type(self).__name__} 1"
+    def uuid(self) -> Any:
+        """What Inductor hashes into the keys of cached code; the plan is in its partitioner's.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # pickled into those keys before torch 2.13
+        Another one each time where the user's pass has none, so that nothing is found there.
+        """
+        own = f"{__name__}.{type(self).__name__} 1"
+        if self._theirs is None:
+            return own
+        theirs: Any = getattr(self._theirs, "uuid", lambda: None)()
+        return own, theirs or secrets.token_hex()
+
+    def __getstate__(self) -> dict[str, Any]:  # pickled into those keys before torch 2.13
+        return {} if self._theirs is None else {"theirs": self._theirs}

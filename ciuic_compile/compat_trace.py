@@ -55,7 +55,7 @@ def trace(
     graph = _shortened(traced)
     shown = set(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
-        if is_view(node) and shown.intersection(node.all_input_nodes):
+        if (is_view(node) or is_getitem(node)) and shown.intersection(node.all_input_nodes):
             shown.add(node)
     return Trace(graph, frozenset(shown))
 
@@ -83,11 +83,15 @@ def _writes(target: object) -> bool:
 
 def _shortened(graph: fx.Graph) -> fx.Graph:
     """A trace without what is computed twice or changes nothing: its nodes are copied for every tensor."""
-    for node in graph.find_nodes(op="call_function", target=aten.alias.default):
-        node.replace_all_uses_with(node.args[0])
-    for node in graph.find_nodes(op="call_function", target=aten.permute.default):
-        if node.args[1] == list(range(len(node.args[1]))):
-            node.replace_all_uses_with(node.args[0])
+    unchanged = graph.find_nodes(op="call_function", target=aten.alias.default)
+    unchanged += [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.permute.default)
+        if node.args[1] == list(range(len(node.args[1])))
+    ]
+    output = graph.output_node()
+    for node in unchanged:  # a result is never the input itself, whose node is the user's
+        node.replace_all_uses_with(node.args[0], delete_user_cb=lambda user: user is not output)
     graph.eliminate_dead_code()
     return fx_graph_cse(graph)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,8 @@ from .types import Plan
 SIMULATED = "the peak is simulated, not replayed: no code was generated"
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _HERE = str(Path(__file__).parent)
+#: One plan at a time: Dynamo's state is set aside for it, and ``step`` is one code object for all.
+_ALONE = threading.Lock()
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -170,6 +173,7 @@ def _run_on_fakes(
         return call(model, batch, loss_fn)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ALONE)
         stack.callback(compat.forget_compiled, step)
         stack.enter_context(compat_fake.first_compile())
         stack.enter_context(torch.enable_grad())

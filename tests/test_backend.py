@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.virtualized import V
 from torch.utils.checkpoint import checkpoint
 
 import ciuic_compile
@@ -394,3 +395,20 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
     assert [n for n in plan.notes if "deny" in n] == [
         "allow/deny: 'haed' matches no module and no op of this graph"
     ]
+
+
+@pytest.mark.parametrize("globally", [True, False])
+def test_the_users_own_pass_on_inductors_kernels_still_runs(globally: bool) -> None:
+    """Ours takes that place, to order the backward's kernels."""
+    seen = []
+
+    def noted(nodes: list[Any]) -> list[Any]:
+        seen.append(V.graph.is_backward)
+        return nodes
+
+    own = {"_post_fusion_custom_pass": noted}
+    with torch._inductor.config.patch({**(own if globally else {}), "fx_graph_cache": False}):
+        model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        options = {"report": "off", **({} if globally else own)}
+        torch.compile(model, backend="ciuic", options=options)(torch.randn(8, 64)).sum().backward()
+    assert set(seen) == {False, True}

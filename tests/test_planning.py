@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo import pgo
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, FloorToInt, RoundToInt, ToFloat, TruncToInt
 
 import ciuic_compile
 from bench.models import MODELS
-from ciuic_compile import InfeasibleBudgetError, OptionError, Plan
+from ciuic_compile import InfeasibleBudgetError, OptionError, Plan, compat
 from ciuic_compile.errors import TargetError
 from ciuic_compile.planning import SIMULATED, call, plan
 from tests.training import interpreted
@@ -229,3 +235,61 @@ def test_layers_that_share_one_graph_count_each() -> None:
 
     plans = plan(Layers(), torch.randn(128, 64))
     assert len(plans) == 3 and len({p.planned_saved_bytes for p in plans}) == 1
+
+
+def test_sizes_that_are_rounded() -> None:
+    """A share of the rows, in whole ones, as many as an expert of a Mixture of Experts takes."""
+
+    class Share(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            some = self.up(x)[: int(x.shape[0] * 1.25 / 4)]
+            return self.up(F.gelu(self.up(some.tanh())))
+
+    (made,) = plan(Share(), torch.randn(128, 64), options={**SMALL, "mode": "4:1"}, dynamic=True)
+    sizes = [d.storage.symbolic_bytes for d in made.decisions if d.codec]
+    assert any("Trunc" in size for size in sizes), sizes
+
+
+@pytest.mark.parametrize(
+    ("rounded", "expected"), [(TruncToInt, 12), (FloorToInt, 12), (CeilToInt, 13), (RoundToInt, 12)]
+)
+def test_a_rounded_size_is_computed_by_nodes(rounded: Any, expected: int) -> None:
+    env = ShapeEnv()
+    symbol = sympy.Symbol("s0", integer=True, positive=True)
+    tokens = env.create_symintnode(symbol, hint=39)
+    graph = fx.Graph()
+    graph.placeholder("tokens").meta["val"] = tokens
+    expression = rounded(FloatTrueDiv(1.25 * ToFloat(symbol), sympy.Float(4.0)))  # 12.19
+    node = compat.size_node(graph, env.create_symintnode(expression, hint=expected))
+    graph.output(node)
+    assert fx.GraphModule({}, graph)(39) == expected
+    assert isinstance(node, fx.Node) and compat.hint(node.meta["val"]) == expected
+
+
+def test_plans_may_be_made_by_several_threads() -> None:
+    """Each is the one made alone, other threads' graph modules have code meanwhile, nothing stays changed."""
+
+    def state() -> list[object]:
+        return [fx.GraphModule.recompile, fx.Graph.node_copy, pgo._CODE_STATE, gc.isenabled()]
+
+    (alone,) = plan(Mlp(), torch.randn(32, 64), options=SMALL)
+    before, made = state(), list[bool]()
+
+    def plans() -> None:
+        for _ in range(2):
+            (another,) = plan(Mlp(), torch.randn(32, 64), options=SMALL)
+            made.append(another.decisions == alone.decisions)
+
+    threads = [threading.Thread(target=plans) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    graph = fx.Graph()
+    graph.output(graph.placeholder("x"))
+    while any(thread.is_alive() for thread in threads):
+        assert fx.GraphModule({}, graph)(3) == 3
+    assert made == [True] * 4
+    assert all(a is b for a, b in zip(before, state(), strict=True))
