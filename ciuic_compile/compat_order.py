@@ -54,5 +54,7 @@ class ByLastValue(_Pass):  # type: ignore[misc]
         theirs: Any = getattr(self._theirs, "uuid", lambda: None)()
         return own, theirs or secrets.token_hex()
 
-    def __getstate__(self) -> dict[str, Any]:  # pickled into those keys before torch 2.13
-        return {} if self._theirs is None else {"theirs": self._theirs}
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled into those keys before torch 2.13, and again of the copy that this makes."""
+        theirs = vars(self).get("_theirs")
+        return {} if theirs is None else {"_theirs": theirs}

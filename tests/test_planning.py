@@ -75,9 +75,10 @@ def test_it_is_the_plan_of_a_compile_on_a_gpu(name: str) -> None:
     torch.manual_seed(0)
     model, batches, loss_fn = MODELS[name]("tiny")
     options = {**SMALL, "device": "h200"}
-    (made,) = plan(model, batches(0, torch.device("cpu")), loss_fn, options=options)
     cuda = torch.device("cuda")
-    expected = compiled_plan(model.to(cuda), batches(0, cuda), loss_fn, **options)
+    with torch._inductor.config.patch(shape_padding=False):  # by a measurement, another one under load
+        (made,) = plan(model, batches(0, torch.device("cpu")), loss_fn, options=options)
+        expected = compiled_plan(model.to(cuda), batches(0, cuda), loss_fn, **options)
     assert made.decisions == expected.decisions and len(made.decisions) > 10
 
 
