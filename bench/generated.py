@@ -144,9 +144,8 @@ def rewritten(model: torch.nn.Module, mode: str, *inputs: torch.Tensor, **option
         found.append(Planned(made, model, graphs, draft.planned.by_last))
         raise _Done
 
-    def trace(
-        fn: Any, args: Any, kernels: bool
-    ) -> compat_trace.Trace:  # where tensors of the CPU are, no device guard runs
+    def trace(fn: Any, args: Any, kernels: bool) -> compat_trace.Trace:
+        """On the CPU, where no device guard runs."""
         graph = fx.Graph()
         stand_ins = [graph.placeholder(f"x{i}") for i in range(len(args))]
         for stand_in, node in zip(stand_ins, args, strict=True):

@@ -28,7 +28,7 @@ SIMULATED = "the peak is simulated, not replayed: no code was generated"
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _HERE = str(Path(__file__).parent)
 #: One plan at a time: Dynamo's state is set aside for it, and ``step`` is one code object for all.
-_ALONE = threading.Lock()
+_ALONE = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
 
 

@@ -22,6 +22,7 @@ _ATTENTION_BACKWARD = {  # op: rows are padded to a multiple of, and grouped key
     "cudnn_attention_backward": (1, True),
 }
 _EMBEDDING_BACKWARD = ("embedding_dense_backward", "ciuic.embedding_gradient")
+_CONVOLUTION, _CONVOLUTION_BACKWARD = "aten.convolution.", "aten.convolution_backward."
 _SORTED_BY_BLOCKS = 3072  # tokens up to which an embedding's gradient needs no sorting
 _MATMULS = ("mm", "addmm", "bias_addmm", "bmm", "baddbmm", "mm_plus_mm", "_int_mm")
 _CHANNELS = 8  # of half precision in a row: what tensor cores read is padded to a multiple
@@ -103,7 +104,7 @@ def workspaces(
 
 def takes_workspace(op: str) -> bool:
     """Whether an op is one that :func:`workspaces` knows."""
-    known = (*_ATTENTION_BACKWARD, *_EMBEDDING_BACKWARD, "aten.convolution_backward.", "aten.convolution.")
+    known = (*_ATTENTION_BACKWARD, *_EMBEDDING_BACKWARD, _CONVOLUTION_BACKWARD, _CONVOLUTION)
     return any(name in op for name in known)
 
 
@@ -118,10 +119,10 @@ def _blocks(
             return (_attention(shapes, operands[0].itemsize, row_block, expands),)
     if any(name in op for name in _EMBEDDING_BACKWARD):
         return (_embedding(shapes[0], shapes[1]),)
-    if "aten.convolution_backward." in op and len(operands) == 3:
+    if _CONVOLUTION_BACKWARD in op and len(operands) == 3:
         gradient, image, weight = operands
         return _convolution_backward(gradient, image, weight, arguments)
-    if "aten.convolution." in op and result is not None:
+    if _CONVOLUTION in op and result is not None:
         image, weight = operands[:2]
         if _read_as_it_is(image, weight, arguments):
             return ()
