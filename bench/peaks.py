@@ -3,7 +3,8 @@
 Each cell runs in a fresh process: the plan is written to a file before the compiled code first runs (the
 cell notes both times, and what the file said at that moment), two steps warm up, then one is measured. It
 starts with no gradients, so the new gradients count; parameters, buffers and inputs do not. Inductor's own
-cells are held against the ``baseline`` of the plan for the same shape.
+cells are held against the ``baseline`` of the plan for the same shape. Files of several calls become one:
+``--join FILE FILE ... --out FILE``.
 
 On a GPU, ``allocated`` is what tensors take, ``requested`` the same before rounding, ``reserved_total`` all
 that the caching allocator holds after two steps: parameters, inputs and cuBLAS's workspaces included, as in
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import torch
@@ -346,11 +347,34 @@ def print_tables(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return total
 
 
+def joined(files: Sequence[str]) -> dict[str, Any]:
+    """One report of several, a cell that is in two of them from the later one; all of one environment."""
+    reports = [json.loads(Path(file).read_text()) for file in files]
+    here = reports[0]["environment"]
+    for file, report in zip(files, reports, strict=True):
+        for name, there in report["environment"].items():
+            if there != here.get(name):
+                sys.exit(f"cannot join: {name} is {here.get(name)!r} in {files[0]}, {there!r} in {file}")
+    cells = {(*(r[k] for k in SPEC), r["fraction"]): r for report in reports for r in report["results"]}
+    return {
+        "environment": here,
+        "command": " ; ".join(report["command"] for report in reports),
+        "results": list(cells.values()),
+    }
+
+
 def add_limits(parser: argparse.ArgumentParser, timeout: float) -> None:
     """How long cells may take, and where their results go."""
     parser.add_argument("--timeout", type=float, default=timeout, help="seconds a cell may take")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds for everything")
     parser.add_argument("--out", help="JSON file to write")
+
+
+def finish(out: str | None, report: dict[str, Any]) -> NoReturn:
+    """Print the tables, write the file, exit: with 1 where no cell has a result."""
+    results = report.pop("results")
+    common.write_json(out, {**report, "summary": print_tables(results), "results": results})
+    sys.exit(0 if any("failed" not in r for r in results) else 1)
 
 
 def main() -> None:
@@ -375,11 +399,14 @@ def main() -> None:
         "--empty-kernels", action="store_true", help="on a CPU: Inductor's kernels do nothing (g++ is slow)"
     )
     parser.add_argument("--jobs", type=int, help="cells at a time; default: 8 on a GPU")
+    parser.add_argument("--join", nargs="+", metavar="FILE", help="run nothing: make one of these files")
     add_limits(parser, 150.0)
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(json.loads(args.cell))))
         return
+    if args.join:
+        finish(args.out, joined(args.join))
     end = time.monotonic() + args.limit
     device = common.pick_device(args.device)
     jobs = args.jobs or (8 if device.type == "cuda" else 1)
@@ -406,8 +433,7 @@ def main() -> None:
         done = common.run_cells("bench.peaks", first, args.timeout, jobs, label, end, each, follow)
         shapes = [next(r for r in done if all(r[k] == v for k, v in spec.items())) for spec in specs]
         results[:] = [*shapes, *(r for r in done if r["budget"] is not None)]
-    common.write_json(args.out, {**report, "summary": print_tables(results), "results": results})
-    sys.exit(0 if any("failed" not in r for r in results) else 1)
+    finish(args.out, {**report, "results": results})
 
 
 if __name__ == "__main__":

@@ -151,3 +151,37 @@ def test_reserved_is_held_against_the_whole_plan() -> None:
     (row,) = peaks.compare([done])
     assert row["reserved"] == (330, 300, pytest.approx(0.1))
     assert peaks.table_rows([done], [row])[0][-3:] == ["0.0", "0.0", "+10.00"]
+
+
+def test_files_of_several_calls_become_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cell in two of them is the later one's; what was measured elsewhere is refused."""
+    plan = {"planned_peak_bytes": 110, "baseline_peak_bytes": 200}
+    budget = result("4:1", 50, {**plan, "planned_peak_bytes": 50}, fraction=0.8)
+    here = {"device": "a GPU", "torch": "2.11", "commit": "abc"}
+    calls = [
+        ("one", here, [result("inductor", 200, {}), {**result("4:1", 0, {}), "failed": "no time left"}]),
+        ("two", here, [result("4:1", 100, plan), budget]),
+        ("three", {**here, "commit": "def"}, []),
+    ]
+    files = []
+    for command, environment, results in calls:
+        files.append(str(tmp_path / f"{command}.json"))
+        common.write_json(files[-1], {"environment": environment, "command": command, "results": results})
+    out = tmp_path / "out.json"
+
+    def join(*given: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["peaks", "--join", *given, "--out", str(out)])
+        with pytest.raises(SystemExit) as left:
+            peaks.main()
+        return left.value.code
+
+    refused = f"cannot join: commit is 'abc' in {files[0]}, 'def' in {files[2]}"
+    assert join(*files) == refused and not out.exists()
+    assert join(*files[:2]) == 0
+    report = json.loads(out.read_text())
+    assert report["results"] == [result("inductor", 200, {}), result("4:1", 100, plan), budget]
+    assert report["environment"] == here and report["command"] == "one ; two"
+    assert report["summary"]["planned"]["cells"] == 2
+    assert "gpt tiny fp32 4:1 budget 0.8" in capsys.readouterr().out
