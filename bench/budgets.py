@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch_config
@@ -258,26 +258,60 @@ def table_row(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def against(rows: list[dict[str, Any]]) -> list[str]:
-    """For each of torch's points, the fastest of ours that peaks no higher."""
-    ours = [r for r in rows if r.get("tightened") is not None and "ratio" in r]
-    lines, wins = [], 0
+class Match(NamedTuple):
+    """One of torch's fractions, by its own name, the row of its figures, and the fastest of ours there."""
+
+    config: str
+    theirs: dict[str, Any]
+    ours: dict[str, Any] | None
+
+    @property
+    def faster(self) -> bool:
+        """Whether ours takes less time."""
+        return self.ours is not None and self.ours["ratio"] < self.theirs["ratio"]
+
+
+def timed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours that were measured."""
+    return [r for r in rows if r.get("tightened") is not None and "ratio" in r]
+
+
+def matches(rows: list[dict[str, Any]]) -> list[Match]:
+    """For each of torch's fractions that was measured, the fastest of ours that peaks no higher."""
     by_name = {r["config"]: r for r in rows}
-    theirs = [by_name.get(r.get("same_as", ""), r) for r in rows if r["config"].startswith("torch")]
-    theirs = [r for r in theirs if "ratio" in r]
-    for r in theirs:
-        best = min((o for o in ours if o["peak"] <= r["peak"]), key=lambda o: o["ratio"], default=None)
-        wins += best is not None and best["ratio"] < r["ratio"]
-        lines.append(f"{_point(r)} -> {'none' if best is None else _point(best)}")
-    lines = list(dict.fromkeys(lines))
+    found = []
+    for r in rows:
+        theirs = by_name.get(r.get("same_as", ""), r)
+        if r["config"].startswith("torch") and "ratio" in theirs:
+            fits = (o for o in timed(rows) if o["peak"] <= theirs["peak"])
+            found.append(Match(r["config"], theirs, min(fits, key=lambda o: o["ratio"], default=None)))
+    return found
+
+
+def over(rows: list[dict[str, Any]]) -> float:
+    """The most by which one of ours exceeds its budget."""
+    return max(float(o["peak"] / o["budget"] - 1) for o in rows)
+
+
+def rises(rows: list[dict[str, Any]]) -> int:
+    """Neighbours of ours of which the one with less budget has the larger peak."""
+    return sum(a["peak"] < b["peak"] for a, b in itertools.pairwise(rows))
+
+
+def against(rows: list[dict[str, Any]]) -> list[str]:
+    """What :func:`matches` finds, and how our modes keep to their budgets, in lines."""
+    found, ours = matches(rows), timed(rows)
+    points = [f"{_point(m.theirs)} -> {'none' if m.ours is None else _point(m.ours)}" for m in found]
+    lines = list(dict.fromkeys(points))
+    wins = sum(m.faster for m in found)
     lines.append(
-        f"ours faster at no higher peak: {wins} of {len(theirs)} fractions, which save {len(lines)} ways"
+        f"ours faster at no higher peak: {wins} of {len(found)} fractions, which save {len(lines)} ways"
     )
     for mode in dict.fromkeys(o["config"].split()[0] for o in ours):
         rows = [o for o in ours if o["config"].split()[0] == mode]
-        falls = all(a["peak"] >= b["peak"] for a, b in itertools.pairwise(rows))
-        over = max(o["peak"] / o["budget"] - 1 for o in rows)
-        lines.append(f"{mode}: the peak falls with the budget: {falls}; at most {over:+.2%} over it")
+        lines.append(
+            f"{mode}: the peak falls with the budget: {not rises(rows)}; at most {over(rows):+.2%} over it"
+        )
     return lines
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import results_page
+from bench import budgets_table, results_page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -77,6 +77,18 @@ def test_every_page_of_the_docs_is_in_the_index() -> None:
 
 def test_results_are_those_of_the_files() -> None:
     assert (ROOT / "docs" / "results.md").read_text() == results_page.page()
+
+
+def test_the_table_of_budgets_is_of_the_files() -> None:
+    assert (ROOT / "docs" / "budgets.md").read_text() == budgets_table.page()
+
+
+def test_the_readme_counts_the_fractions_where_ours_is_faster() -> None:
+    found = budgets_table.stated()["all"]
+    (said,) = re.findall(
+        r"faster at no higher peak at all\s+(\d+) of torch's", (ROOT / "README.md").read_text()
+    )
+    assert int(said) == found.faster == found.reached
 
 
 def test_the_readme_claims_no_figure_that_was_not_measured() -> None:
