@@ -44,7 +44,7 @@ def cell(spec: dict[str, Any]) -> dict[str, Any]:
         model, inputs, targets, device = build_llama_layers(spec)
     else:
         torch.manual_seed(0)
-        built, batches, loss_fn = MODELS[spec["model"]]("full")
+        built, batches, loss_fn = MODELS[spec["model"]](spec["size"], batch=spec["batch"])
         model = WithLoss(built, loss_fn).to(device)
         inputs, targets = batches(0, device)
     run = common.compile_as(model, spec["config"])
@@ -118,6 +118,8 @@ def main() -> None:
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--model", default="llama-layers", choices=["llama-layers", *MODELS])
+    parser.add_argument("--size", default="full", choices=("tiny", "small", "medium", "full"))
+    parser.add_argument("--batch", type=int, help="samples; default: the size's own")
     parser.add_argument("--configs", nargs="+", default=["inductor", "4:1"])
     parser.add_argument("--precision", default="fp32", choices=common.PRECISIONS)
     parser.add_argument("--steps", type=int, default=3)
@@ -134,6 +136,8 @@ def main() -> None:
         {
             "model": args.model,
             "config": config,
+            "size": args.size,
+            "batch": args.batch,
             "precision": args.precision,
             "steps": args.steps,
             "shape": shape,

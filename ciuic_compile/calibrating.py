@@ -132,7 +132,7 @@ def _inputs(backward: fx.GraphModule) -> list[str]:
 
 def _there_and_back(x: Tensor, codec: str) -> Tensor:
     order = markers.storage_order(x)
-    return markers.decode(markers.encode(x, codec), codec, [x.shape[d] for d in order], order, x.dtype)
+    return markers.decode(markers.encode(x, codec, order), codec, [x.shape[d] for d in order], order, x.dtype)
 
 
 def _relative_mse(x: Tensor, codec: str) -> float:

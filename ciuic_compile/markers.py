@@ -13,9 +13,9 @@ from torch import fx
 from ciuic_compile.codecs import get_codec
 
 
-def encode(x: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
-    """Encode ``x`` in storage order: (payload, qparams...)."""
-    return get_codec(codec).encode(x.permute(storage_order(x)))
+def encode(x: torch.Tensor, codec: str, order: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """Encode ``x``, its dimensions in this order: (payload, qparams...)."""
+    return get_codec(codec).encode(x.permute(*order))
 
 
 def decode(
@@ -25,7 +25,7 @@ def decode(
     order: Sequence[int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Decode to ``shape`` in storage order, then undo the permutation ``order``."""
+    """Decode to ``shape``, which is in the order ``order``, and put the dimensions back."""
     inverse = [order.index(d) for d in range(len(order))]
     return get_codec(codec).decode(tuple(encoded), shape, dtype).permute(inverse)
 

@@ -212,7 +212,7 @@ class _TrackMaker:
         """What is encoded is named after what it is the code of, and so is what is decoded."""
         for node in graph.nodes:
             if markers.is_marker(node, markers.encode):
-                of, codec = node.args
+                of, codec, _order = node.args
                 assert isinstance(of, fx.Node)
                 base = self._id(of, False)
                 for part in filter(compat.is_getitem, node.users):

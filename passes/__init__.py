@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
+from .channels_last import ChannelsLast
 from .chunk_feed_forward import ChunkFeedForward
 from .chunk_loss import ChunkLoss
 from .insert_codecs import InsertCodecs
@@ -16,6 +17,7 @@ from .place_encodes import PlaceEncodes
 from .split_decodes import SplitDecodes
 
 __all__ = [
+    "ChannelsLast",
     "ChunkFeedForward",
     "ChunkLoss",
     "NativeEmbedding",
@@ -47,7 +49,8 @@ def default_passes(codecs: Mapping[str, str], kind: str | None = None) -> tuple[
         NativeEmbedding(
             devices=gpus
         ),  # lossless, touches no saved tensor: anywhere before the markers expand
-        InsertCodecs(codecs),  # first: the others only move and expand what it inserts
+        ChannelsLast(kind),  # likewise
+        InsertCodecs(codecs, kind),  # first: the others only move and expand what it inserts
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(gpus),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),

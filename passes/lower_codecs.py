@@ -59,14 +59,14 @@ class LowerCodecs:
         self, graph: fx.Graph, call: fx.Node, traced: dict[object, compat_trace.Trace]
     ) -> dict[fx.Node, fx.Node]:
         """Write the codec's nodes beside the marker; which of its parts each of their results is."""
-        node, name = call.args
-        assert isinstance(node, fx.Node) and isinstance(name, str)
-        codec = get_codec(name)
+        node, name, order = call.args
+        assert isinstance(node, fx.Node) and isinstance(name, str) and isinstance(order, (list, tuple))
+        codec, dims = get_codec(name), [d for d in order if isinstance(d, int)]
 
         def fn(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return codec.encode(x.permute(markers.storage_order(x)), impl=self.encode)
+            return codec.encode(x.permute(dims), impl=self.encode)
 
-        key = ("encode", name, _signature(node))
+        key = ("encode", name, *dims, _signature(node))
         if key not in traced:
             kernels = resolve_impl(self.encode, node.meta["val"].device) == "kernel"
             traced[key] = compat_trace.trace(fn, [node], kernels)

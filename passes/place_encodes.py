@@ -26,7 +26,7 @@ class PlaceEncodes:
         for call in list(graphs.forward.graph.nodes):
             if not markers.is_marker(call, markers.encode):
                 continue
-            (tensor, _codec) = call.args
+            tensor = call.args[0]
             assert isinstance(tensor, fx.Node)
             block = [call, *(n for n in call.users if n.op != "output")]
             changed |= _made_early(tensor, block)

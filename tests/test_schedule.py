@@ -167,7 +167,7 @@ def test_packing_a_mask_needs_no_mask() -> None:
         made = Made()
         value = made.call(aten.le.Scalar, made.x, 0) if codec == "bitmask" else made.sin(made.x)
         with made.mode:
-            encoded = made.call(markers.encode, value, codec)
+            encoded = made.call(markers.encode, value, codec, [0, 1])
         assert ([value.name] in made.kernels(encoded)) is stored
 
 

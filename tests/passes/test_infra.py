@@ -306,7 +306,7 @@ def test_markers_store_permuted_tensors_without_a_copy_of_their_order() -> None:
     x = torch.randn(2, 8, 5, 7).to(memory_format=torch.channels_last)
     order = markers.storage_order(x)
     assert order == [0, 2, 3, 1] and x.permute(order).is_contiguous()
-    encoded = markers.encode(x, "int8_group64")
+    encoded = markers.encode(x, "int8_group64", order)
     shape = [x.size(d) for d in order]
     decoded = markers.decode(encoded, "int8_group64", shape, order, x.dtype)
     assert decoded.shape == x.shape and decoded.stride() == x.stride()

@@ -25,7 +25,7 @@ class Forward(HandMade):
         self.last = self.call(aten.mm.default, self.relu, self.x)
 
     def encoded(self, value: fx.Node, codec: str) -> fx.Node:
-        call = self.call(markers.encode, value, codec)
+        call = self.call(markers.encode, value, codec, [0, 1])
         call.meta["val"] = (value.meta["val"],)
         part: fx.Node = self.graph.call_function(operator.getitem, (call, 0))
         part.meta["val"] = value.meta["val"]
