@@ -20,9 +20,9 @@ class ChannelsLast:
     """Lay an input image out as the forward's convolutions read it, in the kernel that casts it, if any.
 
     Inductor looks for convolutions in the forward alone: what the backward makes again of saved inputs lies
-    there as the user gave it. torch runs a convolution's backward with the channels last if image or weight
-    lie so; else it copies the gradient, the largest of the three, and cuDNN's kernels are slower: a ResNet-50
-    (batch 256, bf16) whose backward made both casts again took 25.7 ms a step in place of 22.1 (H200).
+    there as the user gave it. If neither image nor weight has its channels last, torch copies the gradient,
+    the largest of the three, and cuDNN's kernels are slower; if only the weight has, it copies the image. A
+    ResNet-50 (batch 256, float32) took 39.0 ms a step so, and takes 37.6 (H200).
 
     Attributes:
         kind: type of device that every value is planned as being on; None: what each is on.
@@ -40,7 +40,7 @@ class ChannelsLast:
         for node in graph.nodes:
             if _is_plain(node, plain, inputs):
                 plain.add(node)
-            elif node.target is aten.convolution_backward.default and plain.issuperset(node.args[1:3]):
+            elif node.target is aten.convolution_backward.default and node.args[1] in plain:
                 images.setdefault(node.args[1], []).append(node)
         for image, readers in images.items():
             _lay_out(image, readers)
