@@ -25,7 +25,7 @@ SOURCES: dict[str, list[str]] = {
     "MoE": ["moe-h100"],
     "encoder-decoder": ["encdec-h100"],
     "ViT": ["vit-h100", "vit-h100-rest", "vit-h200"],
-    "ResNet": ["resnet50-h100"],
+    "ResNet": ["resnet50-h100", "resnet50-h200"],
     "UNet": ["unet-h200"],
 }
 GPU = "H100"  # where a model or a row has another, it says so

@@ -11,7 +11,7 @@ import importlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +200,14 @@ def prefers_channels_last(graph: fx.Graph, kind: str | None = None) -> bool:
     with mock.patch.object(lowering, "SUPPORTED_MKLDNN_DEVICES", of_mkldnn):
         module: Any = SimpleNamespace(graph=graph)
         return bool(lowering.GraphLowering.decide_layout_opt(module, is_inference=False))
+
+
+def with_channels_last(graph: fx.Graph) -> Collection[fx.Node]:
+    """The values that such a graph's convolutions make Inductor lay out so."""
+    lowering: Any = importlib.import_module("torch._inductor.graph")
+    module: Any = SimpleNamespace(module=SimpleNamespace(graph=graph))
+    found: Collection[fx.Node] = lowering.GraphLowering.find_nodes_prefer_channels_last(module)
+    return found
 
 
 def is_random(node: fx.Node) -> bool:

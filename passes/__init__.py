@@ -49,8 +49,8 @@ def default_passes(codecs: Mapping[str, str], kind: str | None = None) -> tuple[
         NativeEmbedding(
             devices=gpus
         ),  # lossless, touches no saved tensor: anywhere before the markers expand
-        ChannelsLast(kind),  # likewise
         InsertCodecs(codecs, kind),  # first: the others only move and expand what it inserts
+        ChannelsLast(kind),  # behind it: what is encoded keeps the order that its codec wants
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(gpus),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ciuic_compile import compat
@@ -83,3 +83,56 @@ def test_the_generated_code_hands_torch_such_an_image(without: bool, monkeypatch
     with Images() as images:
         loss.backward()
     assert images.seen == [not without]
+
+
+class Last(nn.Module):
+    """A mask, and a value that the user gets, behind the last convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.second(F.leaky_relu(self.first(image))))
+        return x.mean((2, 3)), torch.tanh(x)
+
+
+def masks(graphs: Graphs) -> dict[str, bool]:
+    """Whether saved masks have their channels last, by name, on either side."""
+    outputs = [n for n in graphs.forward_outputs()[graphs.num_fwd_outputs :] if isinstance(n, fx.Node)]
+    sent = {n.name: n.meta["val"] for n in outputs}
+    received = {n.name: n.meta["val"] for n in graphs.backward.graph.find_nodes(op="placeholder")}
+    found = {}
+    for name, value in sent.items():
+        if isinstance(value, Tensor) and value.dtype == torch.bool:
+            found[name] = value.is_contiguous(memory_format=torch.channels_last)
+            assert received[name].stride() == value.stride()
+    return found
+
+
+def test_a_mask_behind_the_last_convolution_is_saved_laid_out() -> None:
+    torch.manual_seed(0)
+    found = stage(Last(), torch.randn(2, 3, 9, 9))
+    before, graphs = found.graphs(), found.graphs()
+    assert list(masks(before).values()) == [False, False]
+    assert ChannelsLast().run(graphs).changed
+    verify(graphs)
+    behind = [n for n, last in masks(graphs).items() if last]
+    assert masks(graphs).keys() == masks(before).keys() and len(behind) == 1  # Inductor lays out the other
+    ours, theirs = (run_pair(g, found.inputs[0]) for g in (graphs, before))
+    assert max(differ(theirs[0], ours[0])) == max(differ(theirs[1], ours[1])) == 0
+    assert not ChannelsLast().run(graphs).changed
+
+
+def test_what_the_user_gets_keeps_its_strides() -> None:
+    torch.manual_seed(0)
+    model, image = Last(), torch.randn(2, 3, 9, 9)
+    compiled = torch.compile(model, backend="ciuic", options={"mode": "lossless", **SMALL})
+    expected, got = model(image), compiled(image)
+    assert [g.stride() for g in got] == [e.stride() for e in expected]
+    gradients = []
+    for pair in (expected, got):
+        model.zero_grad()
+        sum(each.square().sum() for each in pair).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert max(differ(*gradients)) < 1e-5
