@@ -8,10 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import decomposition
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ciuic_compile.compat_cuda import as_cuda, autocast_ops
 from ciuic_compile.planning import plan
+
+aten = torch.ops.aten
 
 
 def attention_of(
@@ -117,3 +121,30 @@ def test_a_plan_for_a_gpu_has_the_gpus_attention() -> None:
     assert ((2,), "uint64", "index") in kinds, "state of the random numbers"
     assert ((4, 2, 128, 128), "float32", "activation") not in kinds
     assert max(d.storage.nbytes for d in gpu.decisions) <= 4 * 128 * 192 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_is_decomposed_as_on_cuda(dtype: torch.dtype, affine: bool) -> None:
+    """On a CPU weights and statistics are folded, by ``as_strided``; the values are the same."""
+
+    def traced() -> tuple[set[Any], Any]:
+        table = decomposition.select_decomp_table()
+        graph = make_fx(norm, decomposition_table={op: table[op] for op in [aten.native_group_norm.default]})(
+            x
+        )
+        return {n.target for n in graph.graph.nodes}, graph
+
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(2, 6, affine=affine).to(dtype)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(3, 6, 4, 5, dtype=dtype)
+    targets, _ = traced()
+    assert (aten.as_strided.default in targets) is affine
+    with as_cuda():
+        targets, graph = traced()
+    assert aten.native_group_norm.default not in targets and aten.as_strided.default not in targets
+    torch.testing.assert_close(graph(x), norm(x))
+    assert (aten.as_strided.default in traced()[0]) is affine, "it is over after the block"

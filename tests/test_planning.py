@@ -70,7 +70,7 @@ def test_it_is_the_plan_of_a_compile(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gpt", "vit", "llama"])
+@pytest.mark.parametrize("name", ["gpt", "vit", "llama", "unet"])
 def test_it_is_the_plan_of_a_compile_on_a_gpu(name: str) -> None:
     torch.manual_seed(0)
     model, batches, loss_fn = MODELS[name]("tiny")
