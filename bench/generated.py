@@ -3,8 +3,8 @@
     python -m bench.generated --model llama --mode 4:1 [--graph backward] [--source] [--sass]
 
 Needs a CUDA build of torch (2.11 and its Triton were used), but neither a GPU nor a driver. The joint graph
-is traced and partitioned on the CPU; its values are then declared to be on a Hopper GPU, and codecs, passes
-and Inductor's code generation run as they would there. The CPU's fused attention stands for the GPU's.
+is traced and partitioned on the CPU, as :mod:`ciuic_compile.compat_cuda` has it; its values are then declared
+to be on a Hopper GPU, and codecs, passes and Inductor's code generation run as they would there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bench.models import MODELS, WithLoss
 from ciuic_compile import backend, compat_trace, compat_wrapper, partitioner
 from ciuic_compile.analyze import MemoryModel
 from ciuic_compile.codecs import _group
+from ciuic_compile.compat_cuda import as_cuda
 from ciuic_compile.compat_extract import Extractor
 from ciuic_compile.compat_order import ByLastValue
 from ciuic_compile.passes import Graphs
@@ -299,7 +300,8 @@ def main() -> None:
     model = WithLoss(built, loss_fn).to(torch.bfloat16)
     inputs, targets = batches(0, torch.device("cpu"))
     inputs = inputs.to(torch.bfloat16) if inputs.is_floating_point() else inputs
-    graphs = rewritten(model, args.mode, inputs, targets).graphs
+    with as_cuda():
+        graphs = rewritten(model, args.mode, inputs, targets).graphs
     code = generated(getattr(graphs, args.graph)).code
     if args.source:
         print(code)

@@ -3,8 +3,7 @@
     python -m bench.simulated --size medium --models unet --modes lossless 4:1
     python -m bench.simulated --models gpt --batch 32 --device h100 --modes lossless lossless@1870MiB
 
-Needs a CUDA build of torch, as :mod:`bench.generated` does. The graphs are a CPU's: its fused attention,
-autocast and decomposition of GroupNorm stand for the GPU's, so a UNet's peaks are not those of a GPU.
+Needs a CUDA build of torch, as :mod:`bench.generated` does.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from bench.models import MODELS, WithLoss
 from bench.peaks import GPU_SHAPES, percent
 from ciuic_compile.allocator import ExactAllocator
 from ciuic_compile.capture import owner
+from ciuic_compile.compat_cuda import as_cuda
 from ciuic_compile.confirm import joint_of
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import StepPeaks, replay
@@ -61,7 +61,7 @@ def cell(
     torch.manual_seed(0)
     built, batches, loss_fn = MODELS[name](size, batch, length)
     inputs, targets = batches(0, torch.device("cpu"))
-    with common.autocast("autocast", torch.device("cpu")):
+    with as_cuda(), torch.autocast("cuda", torch.bfloat16):
         made = rewritten(
             WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets, **options
         )
