@@ -163,7 +163,8 @@ def calibrate(
     def step(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    compiled = torch.compile(step, backend=_recorder(graphs), dynamic=False)
+    recorder = _recorder(graphs)
+    compiled = torch.compile(step, backend=recorder, dynamic=False)
     count = 0
     with _left_as_found(model):
         try:
@@ -171,7 +172,7 @@ def calibrate(
                 torch.autograd.grad(_loss(compiled, batch, loss_fn), parameters, allow_unused=True)
                 count += 1
         finally:
-            compat.forget_compiled(step)
+            compat.forget_compiled(step, recorder)
     if not count:
         raise CalibrationError("no batch was given")
     measured = _merged(graphs)

@@ -395,11 +395,14 @@ def size_node(graph: fx.Graph, size: int | torch.SymInt) -> int | fx.Node:
     return proxy.node  # type: ignore[no-any-return]
 
 
-def forget_compiled(function: Callable[..., object]) -> None:
-    """Drop what Dynamo has compiled of this function."""
-    from torch._dynamo.eval_frame import remove_from_cache
+def forget_compiled(function: Callable[..., object], backend: Callable[..., object]) -> None:
+    """Drop what Dynamo has compiled of this function with this backend, which it otherwise holds for good."""
+    from torch._dynamo.eval_frame import cached_backends, remove_from_cache
 
     remove_from_cache(function)
+    for key, held in list(cached_backends.items()):
+        if getattr(held, "compiler_fn", held) is backend:  # as torch.compile wraps it
+            del cached_backends[key]
 
 
 def user_facing(error: Exception) -> Exception:

@@ -174,7 +174,7 @@ def _run_on_fakes(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ALONE)
-        stack.callback(compat.forget_compiled, step)
+        stack.callback(compat.forget_compiled, step, backend)
         stack.enter_context(compat_fake.first_compile())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(compat.collecting_later())

@@ -102,6 +102,9 @@ def fit(
     def near(found: Fit) -> bool:
         return 0 <= budget - found.peaks.peak <= _ROOM * budget
 
+    def close(found: Fit) -> bool:
+        return abs(budget - found.peaks.peak) <= _ROOM * budget
+
     def far_off(found: Fit) -> bool:
         return abs(found.drift) > _ROOM * budget
 
@@ -117,7 +120,7 @@ def fit(
     for number, (share, lower) in enumerate(rounds):
         if number >= len(_SHARES) and any(map(within_limits, tried)):
             break
-        local |= number >= _LOCAL and (far_off(tried[-1]) or not any(map(near, tried)))
+        local |= number >= _LOCAL and (far_off(tried[-1]) or not (close(tried[-1]) or any(map(near, tried))))
         if local:
             drift = min(f.drift for f in tried)
             raised = _raised(formulation, problem, drift, tried)
