@@ -149,3 +149,11 @@ def last_use(node: fx.Node) -> fx.Node:
             if compat.is_view(user):
                 stack.append(user)
     return latest
+
+
+def is_read_as_it_lies(node: fx.Node) -> bool:
+    """Whether ``as_strided`` reads it or a view of it: its strides are then part of what is computed."""
+    strided = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_scatter.default)
+    if any(n.target in strided for n in node.users):
+        return True
+    return any(is_read_as_it_lies(n) for n in node.users if compat.is_view(n))

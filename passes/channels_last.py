@@ -11,7 +11,7 @@ from torch import fx
 from ciuic_compile import compat
 from ciuic_compile.workspace import Operand
 
-from ._infra import Graphs, PassResult
+from ._infra import Graphs, PassResult, is_read_as_it_lies
 
 aten = torch.ops.aten
 _LAST = {"memory_format": torch.channels_last}
@@ -77,7 +77,8 @@ def _saved_plainly(graphs: Graphs) -> list[tuple[fx.Node, fx.Node]]:
     last = compat.with_channels_last(graphs.forward.graph)
     alone = [n for n in saved if isinstance(n, fx.Node) and len(n.users) == 1 and n not in returned]
     plain = [n for n in alone if n.op == "call_function" and n not in last and _is_plain(n)]
-    return [(n, received[n.name]) for n in plain if _is_computed_from(n, last)]
+    pairs = [(n, received[n.name]) for n in plain if _is_computed_from(n, last)]
+    return [(n, there) for n, there in pairs if not is_read_as_it_lies(there)]
 
 
 def _is_computed_from(node: fx.Node, last: Collection[fx.Node]) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 from ciuic_compile import compat, compat_trace, markers
 from ciuic_compile.codecs import get_codec
 
-from ._infra import Graphs, PassResult
+from ._infra import Graphs, PassResult, is_read_as_it_lies
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class InsertCodecs:
                 continue
             value: torch.Tensor = node.meta["val"]
             order = markers.storage_order(value)
-            if channels_last and value.dim() == 4 and value.dtype == torch.bool:
+            received = placeholders[node.name]
+            is_image_mask = value.dim() == 4 and value.dtype == torch.bool
+            if channels_last and is_image_mask and not is_read_as_it_lies(received):
                 order = [0, 2, 3, 1]
             parts = _encode(graphs.forward.graph, node, codec, order, templates)
-            _decode(graphs.backward.graph, placeholders[node.name], first, parts, codec, order)
+            _decode(graphs.backward.graph, received, first, parts, codec, order)
             while first.prev.op not in ("placeholder", "root"):  # each decode stands before those so far
                 first = first.prev
             new_outputs.extend(parts)

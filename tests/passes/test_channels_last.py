@@ -124,6 +124,40 @@ def test_a_mask_behind_the_last_convolution_is_saved_laid_out() -> None:
     assert not ChannelsLast().run(graphs).changed
 
 
+class Strided(torch.autograd.Function):
+    """Its backward reads a mask as it lies in memory, by ``as_strided``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 0)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        flat = mask.detach().as_strided((mask.numel(),), (1,))
+        return grad * (flat * torch.linspace(0, 1, flat.numel())).view(grad.shape)
+
+
+class ReadAsItLies(Last):
+    """A mask behind the last convolution whose strides are part of the gradient."""
+
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
+        return Strided.apply(self.second(self.first(image))).mean((2, 3))  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("mode", ["lossless", "4:1"])
+def test_a_mask_that_is_read_as_it_lies_keeps_its_strides(mode: str) -> None:
+    torch.manual_seed(0)
+    model, image = ReadAsItLies(), torch.randn(2, 3, 9, 9)
+    gradients = []
+    for each in (model, torch.compile(model, backend="ciuic", options={"mode": mode, **SMALL})):
+        model.zero_grad()
+        each(image).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert max(differ(*gradients)) < (1e-5 if mode == "lossless" else 0.05)
+
+
 def test_what_the_user_gets_keeps_its_strides() -> None:
     torch.manual_seed(0)
     model, image = Last(), torch.randn(2, 3, 9, 9)
