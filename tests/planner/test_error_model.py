@@ -195,3 +195,19 @@ def test_measured_codec_errors_take_the_place_of_the_gaussian_ones(mlp: Stage) -
     assert error_model.relative_mse(classes, lossy[0], codec, known) == 0.5
     assert error_model.relative_mse(classes, lossy[0], codec) == codec.relative_mse
     assert error_model.relative_mse(classes, lossy[0], get_codec("int4_group64"), known) < 0.1
+
+
+def test_an_operand_may_be_there_twice() -> None:
+    """Positions among operands are those of the arguments, for a convolution as for an attention."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x)
+        return torch.nn.functional.conv2d(torch.nn.functional.scaled_dot_product_attention(x, x, x), x)
+
+    found = stage(function, torch.randn(2, 2, 8, 8, requires_grad=True))
+    attention = next(n for n in found.captured.graph.nodes if error_model.is_attention_backward(n))
+    shares = error_model._of_output(attention, 0)
+    assert shares[attention.args[4]] == error_model.OUTPUT_TO_SCORES  # the attention's output
+
+    compiled = torch.compile(lambda x: torch.nn.functional.conv2d(x.tanh(), x.tanh()), backend="ciuic")
+    compiled(torch.randn(2, 2, 8, 8, requires_grad=True)).sum().backward()
