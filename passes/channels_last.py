@@ -84,13 +84,15 @@ def _saved_plainly(graphs: Graphs) -> list[tuple[fx.Node, fx.Node]]:
 def _is_computed_from(node: fx.Node, last: Collection[fx.Node]) -> bool:
     """Whether a value is made, element by element, of one of these."""
     stack, seen = [node], {node}
+    image = node.meta["val"].shape[1:]  # what is broadcast has no say
     while stack:
         here = stack.pop()
         if here in last:
             return True
         if compat.is_pointwise(here):
-            of_its_size = {n for n in here.all_input_nodes if _is_plain(n)} - seen
-            seen |= of_its_size
+            plain = (n for n in here.all_input_nodes if _is_plain(n) and n not in seen)
+            of_its_size = [n for n in plain if n.meta["val"].shape[1:] == image]
+            seen.update(of_its_size)
             stack += of_its_size
     return False
 
@@ -125,6 +127,6 @@ def _save_laid_out(node: fx.Node, received: fx.Node) -> None:
         laid = compat.call_like(node.graph, node, aten.clone.default, (node,), _LAST)
     node.graph.output_node().replace_input_with(node, laid)
     name = node.name
-    node.name = f"{name}_plain"
+    node._rename(f"{name}_plain")
     laid.name = name  # the backward's placeholder has this name
     received.meta["val"] = laid.meta["val"]
