@@ -306,7 +306,8 @@ def _special(classes: Classifier, node: fx.Node) -> str:
 
 def _of_output(call: fx.Node, index: object) -> dict[fx.Node, float]:
     """What one output of an op with several inherits from the op's operands."""
-    operands = [a for a in call.args if isinstance(a, fx.Node)]  # one may be there twice
+    operands: list[fx.Node] = []  # one may be there twice, and in a list
+    fx.map_arg((call.args, call.kwargs), operands.append)
     if packet(call) is CONVOLUTION_BACKWARD:  # of dy, x, weight
         return dict.fromkeys((operands[0], operands[1]) if index == 1 else (operands[0], operands[2]), 1.0)
     if is_attention_backward(call) and index in (0, 1, 2):
