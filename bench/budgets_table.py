@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bench import budgets, common
+from bench.results_page import RESULTS
 
-RESULTS = common.ROOT / "bench" / "results"
 PAGE = common.ROOT / "docs" / "budgets.md"
 BEGIN, END = "<!-- table: python -m bench.budgets_table -->\n", "<!-- /table -->"
 #: A fraction that an earlier file lacks is taken from a later one.

@@ -437,13 +437,13 @@ def check_options_early(backend: object, check: Callable[..., object]) -> None:
         wrapper.get_compiler_config = get_compiler_config
 
 
-def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Insert a call at the graph's insertion point and give it the fake value that it computes."""
-    node = graph.call_function(target, args, kwargs)
+    node = graph.call_function(target, args)
     values = fx.map_arg(args, lambda n: n.meta["val"])
     fake = next(v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor))
     with fake.fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = target(*values, **kwargs)
+        node.meta["val"] = target(*values)
     node.meta["autograd_backward"] = True
     return node
 

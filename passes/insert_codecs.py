@@ -24,7 +24,7 @@ class InsertCodecs:
     the backward's inputs (AOTAutograd matches them by position).
 
     Masks of images are packed as Inductor will lay them out. Packed plainly, they made it lay out plainly
-    the gradients that are computed from them, which torch then copied (3.7 of a ResNet-50's 25.7 ms, H200).
+    the gradients that are computed from them, which torch then copied (3.0 of a ResNet-50's 25.7 ms, H200).
     Others keep the graph's order: it decides which values share a group (docs/numerics.md).
 
     Attributes:

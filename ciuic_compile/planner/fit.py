@@ -99,11 +99,11 @@ def fit(
     def within_limits(found: Fit) -> bool:
         return found.peaks.peak <= budget and _keeps_limits(problem, found.evaluation)
 
-    def near(found: Fit) -> bool:
-        return 0 <= budget - found.peaks.peak <= _ROOM * budget
-
     def close(found: Fit) -> bool:
         return abs(budget - found.peaks.peak) <= _ROOM * budget
+
+    def near(found: Fit) -> bool:
+        return found.peaks.peak <= budget and close(found)
 
     def far_off(found: Fit) -> bool:
         return abs(found.drift) > _ROOM * budget
