@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,22 @@ def test_reference_decode_compiled_equals_the_kernel(name: str) -> None:
 
     encoded = codec.encode(awkward(3000, torch.bfloat16, "cuda"))
     assert same_bits(decode(encoded), codec.decode(encoded, (3000,), torch.bfloat16, "kernel"))
+
+
+@pytest.mark.parametrize("terms", [1, 5])
+def test_packing_a_mask_streams(terms: int) -> None:
+    """One kernel and no reduction over eight, which takes two to eight times as long; no mask is written."""
+    from torch._inductor.utils import run_and_get_code
+
+    @torch.compile
+    def pack(*values: Tensor) -> Tensor:
+        return codec_named("bitmask").encode(sum(values) <= 0)[0]
+
+    values = [torch.randn(256, 640, device="cuda") for _ in range(terms)]
+    packed, (code,) = run_and_get_code(pack, *values)
+    assert torch.equal(packed, codec_named("bitmask").encode(sum(values) <= 0)[0])
+    (kernel,) = re.findall(r"^def (triton_\w+)", code, re.MULTILINE)
+    assert kernel.startswith("triton_poi_") and "torch.bool" not in code
 
 
 @pytest.mark.parametrize("name", CHOSEN)
