@@ -1,15 +1,14 @@
-"""CPU tensors that are treated as CUDA's while a step is traced: the same attention, autocast and GroupNorm.
+"""CPU tensors that are treated as CUDA's while a step is traced: attention, autocast, decompositions.
 
 A CPU build of torch cannot differentiate fake CUDA tensors. Where its operators choose by device what to
-run, the GPU's choice is registered for the CPU here, by ``torch.library`` and in Inductor's table of
-decompositions. Beside ``compat.py``, all that is private to torch.
+run, the GPU's choice is registered for the CPU here by ``torch.library``, and in Inductor's table of
+decompositions by ``compat_cuda_decompositions.py``. Beside ``compat.py``, all that is private to torch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch._refs
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library
 from torch.utils import _pytree as pytree
+
+from .compat_cuda_decompositions import as_on_a_gpu
 
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -35,7 +35,7 @@ Kernel = Callable[..., Any]
 
 @contextlib.contextmanager
 def as_cuda() -> Iterator[None]:
-    """In this block CPU tensors are attended to, normalized and autocast as CUDA's.
+    """In this block CPU tensors are attended to, autocast and decomposed as CUDA's.
 
     ``autocast("cuda")`` is for them.
     """
@@ -63,11 +63,8 @@ def as_cuda() -> Iterator[None]:
             device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
         real(self, device_type, dtype, *args, **kwargs)
 
-    table = importlib.import_module("torch._inductor.decomposition").select_decomp_table()
-    group_norm = functools.partial(_group_norm, table[aten.native_group_norm.default])
-    decomposed = mock.patch.dict(table, {aten.native_group_norm.default: group_norm})
     try:
-        with mock.patch.object(autocast, "__init__", init), decomposed:
+        with mock.patch.object(autocast, "__init__", init), as_on_a_gpu():
             yield
     finally:
         library._destroy()
@@ -150,24 +147,6 @@ def _attention(
     return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
-
-
-def _group_norm(
-    decomposed: Kernel, x: Tensor, weight: Tensor | None, bias: Tensor | None, *sizes: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm as torch decomposes it on a GPU (``torch/_refs``): on a CPU it folds statistics and weights.
-
-    Without weights it decomposes it alike on both. Folded, a UNet's peak was planned 15% lower than it was
-    on an H200: there, what is normalized is stored in float32 where the backward computes it again.
-    """
-    wide = x.to(torch._prims_common.get_computation_dtype(x.dtype))
-    out, mean, rstd = decomposed(wide, None, None, *sizes)
-    broadcast = [0, *range(2, x.dim())]
-    if weight is not None:
-        out = out * torch._refs._unsqueeze_multiple(weight, broadcast)
-    if bias is not None:
-        out = out + torch._refs._unsqueeze_multiple(bias, broadcast)
-    return out.to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
 
 
 def _padded(tensor: Tensor, multiple: int) -> Tensor:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
 from typing import Any
 
 import pytest
 import torch
+import torch._decomp.decompositions as decompositions
+import torch._refs
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import decomposition
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bench.models import MODELS, WithLoss
 from ciuic_compile.compat_cuda import as_cuda, autocast_ops
 from ciuic_compile.planning import plan
 
@@ -123,28 +130,114 @@ def test_a_plan_for_a_gpu_has_the_gpus_attention() -> None:
     assert max(d.storage.nbytes for d in gpu.decisions) <= 4 * 128 * 192 * 4
 
 
+def of_a_gpu(function: Any) -> Any:
+    """A function of torch that believes in a GPU: its source, with another answer to its only question."""
+    function = inspect.unwrap(function)
+    source = textwrap.dedent(inspect.getsource(function))
+    source = source[source.index("def ") :]
+    changed = source.replace(".device.type", ".device.type.replace('cpu', 'cuda')")
+    assert changed != source
+    scope = dict(vars(sys.modules[function.__module__]))
+    exec(changed, scope)
+    return scope[function.__name__]
+
+
+def nodes(function: Any, *args: Any) -> list[str]:
+    graph = make_fx(function)(*args).graph
+    return [f"{n.name} {n.target} {n.args} {n.kwargs} {n.meta.get('val')}" for n in graph.nodes]
+
+
+def group_norm(op: Any) -> Any:
+    return lambda x, weight, bias: op(x, weight, bias, 3, 6, 20, 2, 1e-5)
+
+
+def layer_norm(op: Any) -> Any:
+    return lambda x, weight, bias: op(x, [4, 5], weight, bias, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("affine", [True, False])
-def test_group_norm_is_decomposed_as_on_cuda(dtype: torch.dtype, affine: bool) -> None:
-    """On a CPU weights and statistics are folded, by ``as_strided``; the values are the same."""
-
-    def traced() -> tuple[set[Any], Any]:
-        table = decomposition.select_decomp_table()
-        graph = make_fx(norm, decomposition_table={op: table[op] for op in [aten.native_group_norm.default]})(
-            x
-        )
-        return {n.target for n in graph.graph.nodes}, graph
-
-    torch.manual_seed(0)
-    norm = nn.GroupNorm(2, 6, affine=affine).to(dtype)
-    if affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    x = torch.randn(3, 6, 4, 5, dtype=dtype)
-    targets, _ = traced()
-    assert (aten.as_strided.default in targets) is affine
+@pytest.mark.parametrize("call", [group_norm, layer_norm])
+def test_norms_are_decomposed_as_on_cuda(call: Any, affine: bool, dtype: torch.dtype) -> None:
+    name, shape = f"native_{call.__name__}", (6,) if call is group_norm else (4, 5)
+    op = getattr(aten, name).default
+    x, weight, bias = (torch.randn(of, dtype=dtype) for of in ((3, 6, 4, 5), shape, shape))
+    arguments = (x, weight, bias) if affine else (x, None, None)
+    before = decomposition.select_decomp_table()[op]
     with as_cuda():
-        targets, graph = traced()
-    assert aten.native_group_norm.default not in targets and aten.as_strided.default not in targets
-    torch.testing.assert_close(graph(x), norm(x))
-    assert (aten.as_strided.default in traced()[0]) is affine, "it is over after the block"
+        ours = call(decomposition.select_decomp_table()[op])
+        found = nodes(ours, *arguments)
+    assert found == nodes(call(of_a_gpu(getattr(torch._refs, name))), *arguments)
+    assert decomposition.select_decomp_table()[op] is before, "it is over after the block"
+    for got, want in zip(ours(*arguments), call(op)(*arguments), strict=True):
+        torch.testing.assert_close(got.to(want.dtype), want)  # a CPU's statistics have the input's dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("functional", [True, False])
+@pytest.mark.parametrize("shape", [(3, 6, 4, 5), (3, 6)])
+def test_batch_norm_is_decomposed_as_on_cuda(
+    shape: tuple[int, ...], functional: bool, training: bool, dtype: torch.dtype
+) -> None:
+    theirs = decompositions.native_batch_norm_helper
+    flags = (training, 0.1, 1e-5, functional)
+    weight, bias, mean, var = (torch.rand(6) + 0.5 for _ in range(4))
+    arguments = (torch.randn(shape, dtype=dtype), weight, bias, mean, var)
+    with as_cuda():
+        ours = decompositions.native_batch_norm_helper
+        found = nodes(lambda *a: ours(*a, *flags), *arguments)
+    assert ours is not theirs is decompositions.native_batch_norm_helper
+    assert found == nodes(lambda *a: of_a_gpu(theirs)(*a, *flags), *arguments)
+    torch.testing.assert_close(ours(*arguments, *flags)[0], theirs(*arguments, *flags)[0])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_convolutions_bias_has_a_sum_as_on_cuda(biased: bool) -> None:
+    op = aten.convolution_backward.default
+    sizes = ([6], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, biased])
+    arguments = (torch.randn(2, 6, 5, 5), torch.randn(2, 3, 5, 5), torch.randn(6, 3, 3, 3))
+    theirs = decomposition.select_decomp_table()[op]
+    with as_cuda():
+        ours = decomposition.select_decomp_table()[op]
+    if not biased:
+        assert ours(*arguments, *sizes) is NotImplemented
+        return
+    found = nodes(lambda *a: ours(*a, *sizes), *arguments)
+    assert found == nodes(lambda *a: of_a_gpu(theirs)(*a, *sizes), *arguments)
+    for got, want in zip(ours(*arguments, *sizes), op(*arguments, *sizes), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_joint_graph_is_that_of_a_gpu(name: str) -> None:
+    def joint(device: str) -> list[str]:
+        found: list[str] = []
+
+        def partition(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            for node in gm.graph.nodes:
+                value = node.meta.get("val")
+                tensor = [value.shape, value.dtype, value.stride()] if isinstance(value, Tensor) else []
+                found.append(f"{node.name} {node.target} {node.args} {tensor}".replace("cuda:0", "cpu"))
+            raise Found
+
+        backend = aot_autograd(fw_compiler=lambda gm, _: gm, partition_fn=partition, decompositions=table)
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, batches, loss_fn = MODELS[name]("tiny")
+        step = WithLoss(model, loss_fn).to(device)
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            pytest.raises(Exception, match="Found"),
+        ):
+            torch.compile(step, backend=backend)(*batches(0, torch.device(device)))
+        return found
+
+    class Found(Exception):
+        pass
+
+    table = decomposition.select_decomp_table()
+    with as_cuda():
+        expected = joint("cpu")
+    assert joint("cuda") == expected and len(expected) > 50

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ciuic_compile.codecs import Bitmask
 from tests.codecs.cases import CHOSEN, awkward, codec_named, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -52,11 +53,11 @@ def test_packing_a_mask_streams(terms: int) -> None:
 
     @torch.compile
     def pack(*values: Tensor) -> Tensor:
-        return codec_named("bitmask").encode(sum(values) <= 0)[0]
+        return Bitmask().encode(sum(values) <= 0)[0]
 
     values = [torch.randn(256, 640, device="cuda") for _ in range(terms)]
     packed, (code,) = run_and_get_code(pack, *values)
-    assert torch.equal(packed, codec_named("bitmask").encode(sum(values) <= 0)[0])
+    assert torch.equal(packed, Bitmask().encode(sum(values) <= 0)[0])
     (kernel,) = re.findall(r"^def (triton_\w+)", code, re.MULTILINE)
     assert kernel.startswith("triton_poi_") and "torch.bool" not in code
 
