@@ -323,7 +323,7 @@ class Classifier:
     def _is_relative(self, node: fx.Node) -> bool:
         """Whether the operand is a difference to a statistic, as log-probabilities are."""
         (operand,) = node.all_input_nodes
-        while compat.is_view(operand) or _is_cast(operand):
+        while compat.is_view(operand) or is_cast(operand):
             operand = operand.all_input_nodes[0]
         return packet(operand) is aten.sub and any(i in self.statistics for i in operand.all_input_nodes)
 
@@ -376,11 +376,11 @@ class Classifier:
         while stack:
             for user in stack.pop().users:
                 if user in seen or not (
-                    self._captured.is_backward(user) or compat.is_view(user) or _is_cast(user)
+                    self._captured.is_backward(user) or compat.is_view(user) or is_cast(user)
                 ):
                     continue
                 seen.add(user)
-                if compat.is_view(user) or _is_cast(user):
+                if compat.is_view(user) or is_cast(user):
                     stack.append(user)
                 elif is_contraction(user):
                     used = True
@@ -422,7 +422,7 @@ def _is_rebuildable(node: fx.Node) -> bool:
     return compat.is_recomputable(node) and not compat.is_random(node) and not is_contraction(node)
 
 
-def _is_cast(node: fx.Node) -> bool:
+def is_cast(node: fx.Node) -> bool:
     return packet(node) in (torch.ops.prims.convert_element_type, aten._to_copy)
 
 
@@ -432,6 +432,6 @@ def _users_through_views(node: fx.Node) -> list[fx.Node]:
     while stack:
         for user in stack.pop().users:
             users.append(user)
-            if compat.is_view(user) or _is_cast(user):
+            if compat.is_view(user) or is_cast(user):
                 stack.append(user)
     return users

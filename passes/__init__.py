@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ._infra import Graphs, Pass, PassResult, run_pipeline, verify
+from .cast_where_read import CastWhereRead
 from .channels_last import ChannelsLast
 from .chunk_feed_forward import ChunkFeedForward
 from .chunk_loss import ChunkLoss
@@ -17,6 +18,7 @@ from .place_encodes import PlaceEncodes
 from .split_decodes import SplitDecodes
 
 __all__ = [
+    "CastWhereRead",
     "ChannelsLast",
     "ChunkFeedForward",
     "ChunkLoss",
@@ -54,5 +56,6 @@ def default_passes(codecs: Mapping[str, str], kind: str | None = None) -> tuple[
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(gpus),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),
+        CastWhereRead(),  # lossless, once every value has the readers that it will have
         LowerCodecs(),  # last: needs the final readers to choose between kernel and fused aten
     )

@@ -12,6 +12,7 @@ from torch import fx, nn
 from ciuic_compile import compat_trace, markers
 from ciuic_compile.errors import OptionError, PassError, VerificationError
 from ciuic_compile.passes import (
+    CastWhereRead,
     Graphs,
     InsertCodecs,
     KeepInputs,
@@ -68,13 +69,14 @@ def test_graphs_run_and_agree_after_every_pass(dynamic: bool) -> None:
         assert seconds >= 0
         seen.append((name, got_gradients))
 
-    as_on_a_gpu = (SplitDecodes(("cpu",)), PlaceDecodes(), LowerCodecs(decode="reference", devices=("cpu",)))
-    passes = (*default_passes(codecs)[:-3], *as_on_a_gpu)
+    lowered = LowerCodecs(decode="reference", devices=("cpu",))
+    as_on_a_gpu = (SplitDecodes(("cpu",)), PlaceDecodes(), CastWhereRead(), lowered)
+    passes = (*default_passes(codecs)[:-4], *as_on_a_gpu)
     rewrite(graphs, passes, observe)
     names = [name for name, _ in seen]
-    assert names[-6:-3] == ["InsertCodecs", "ChannelsLast", "PlaceEncodes"]
-    assert names[-3:] == ["SplitDecodes", "PlaceDecodes", "LowerCodecs"]
-    after = [g for name, g in seen if name in names[-6:]]
+    assert names[-7:-4] == ["InsertCodecs", "ChannelsLast", "PlaceEncodes"]
+    assert names[-4:] == ["SplitDecodes", "PlaceDecodes", "CastWhereRead", "LowerCodecs"]
+    after = [g for name, g in seen if name in names[-7:]]
     assert max(differ(gradients, after[0])) > 0, "lossy codecs leave a trace"
     for later in after[1:]:
         assert differ(after[0], later) == [0.0] * len(gradients), "moving and expanding change no bit"
@@ -300,6 +302,7 @@ def test_the_pipeline_has_the_order_that_its_comments_give() -> None:
     order = [type(p) for p in default_passes({})]
     assert order.index(InsertCodecs) < order.index(PlaceEncodes) < order.index(LowerCodecs)
     assert order.index(InsertCodecs) < order.index(SplitDecodes) < order.index(PlaceDecodes)
+    assert order.index(PlaceDecodes) < order.index(CastWhereRead)
     assert order[-1] is LowerCodecs
 
 
