@@ -26,7 +26,7 @@ SOURCES: dict[str, list[str]] = {
     "encoder-decoder": ["encdec-h100"],
     "ViT": ["vit-h100", "vit-h100-rest", "vit-h200"],
     "ResNet": ["resnet50-h100", "resnet50-h200"],
-    "UNet": ["unet-h200"],
+    "UNet": ["unet-h200", "unet-h200-88", "unet-h200-56"],
 }
 GPU = "H100"  # where a model or a row has another, it says so
 EVENLY = [f"{i / 16:.2f}" for i in range(15, 0, -1)]

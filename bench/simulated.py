@@ -23,6 +23,7 @@ from ciuic_compile.allocator import ExactAllocator
 from ciuic_compile.capture import owner
 from ciuic_compile.compat_cuda import as_cuda
 from ciuic_compile.confirm import joint_of
+from ciuic_compile.devices import named
 from ciuic_compile.passes import Graphs
 from ciuic_compile.replay import StepPeaks, replay
 from ciuic_compile.simulate import simulate
@@ -61,7 +62,8 @@ def cell(
     torch.manual_seed(0)
     built, batches, loss_fn = MODELS[name](size, batch, length)
     inputs, targets = batches(0, torch.device("cpu"))
-    with as_cuda(), torch.autocast("cuda", torch.bfloat16):
+    prefers_cudnn = device is not None and named(device).prefers_cudnn
+    with as_cuda(prefers_cudnn), torch.autocast("cuda", torch.bfloat16):
         made = rewritten(
             WithLoss(built, loss_fn), "lossless" if mode == "inductor" else mode, inputs, targets, **options
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import Library
+from torch.library import Library, fallthrough_kernel
 from torch.utils import _pytree as pytree
 
 from .compat_cuda_decompositions import as_on_a_gpu
@@ -26,6 +27,7 @@ from .compat_cuda_decompositions import as_on_a_gpu
 aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_HEAD_DIM = 256  # of flash attention
+_MOST_HEAD_DIM_OF_CUDNN = 128
 _BIAS_ALIGNMENT = 16  # elements that a row of efficient attention's mask is padded to
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 _HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
@@ -34,19 +36,29 @@ Kernel = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def as_cuda() -> Iterator[None]:
+def as_cuda(prefers_cudnn: bool = False) -> Iterator[None]:
     """In this block CPU tensors are attended to, autocast and decomposed as CUDA's.
 
     ``autocast("cuda")`` is for them.
+
+    Args:
+        prefers_cudnn: attention is cuDNN's where it can be, as on Hopper.
     """
     library = Library("aten", "IMPL")
     changed: list[Any] = []
 
     def register(name: str, kernel: Kernel, key: str) -> None:
-        library.impl(name, kernel, key)
+        library.impl(name, kernel, key, allow_override=True)
         changed.append(_overload(name))
 
-    register("scaled_dot_product_attention", _attention, "AutogradCPU")
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        return _attention(*args, **kwargs, prefers_cudnn=prefers_cudnn)
+
+    register("scaled_dot_product_attention", attention, "AutogradCPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant, and undone
+        for name in _of_the_cpu_alone():
+            register(name, fallthrough_kernel, "AutocastCPU")
     for policy, names in autocast_ops().items():
         for name in names:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
@@ -93,6 +105,17 @@ def autocast_ops() -> dict[str, tuple[str, ...]]:
     return found
 
 
+@functools.cache
+def _of_the_cpu_alone() -> tuple[str, ...]:
+    """Operators that autocast changes on a CPU and not on CUDA: concatenation and 3-D pooling, say."""
+    cpu, cuda = (
+        set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
+        for key in ("AutocastCPU", "AutocastCUDA")
+    )
+    names = sorted(name.removeprefix("aten::") for name in cpu - cuda if name.startswith("aten::"))
+    return tuple(name for name in names if _overload(name) is not None)
+
+
 def _overload(name: str) -> Any:
     packet, _, overload = name.partition(".")
     return getattr(getattr(aten, packet, None), overload or "default", None)
@@ -108,6 +131,7 @@ def _attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    prefers_cudnn: bool = False,
 ) -> Tensor:
     """``scaled_dot_product_attention`` with the kernel that CUDA takes (sdp_utils.cpp, attention.cpp)."""
     size = query.shape[-1]
@@ -115,6 +139,24 @@ def _attention(
     # a transposed last dimension (channels before pixels, say) is for no fused kernel
     fused = fused and all(t.stride(-1) == 1 for t in (query, key, value))
     same = query.dtype == key.dtype == value.dtype and key.shape[-1] == value.shape[-1] == size
+    learned = attn_mask is not None and attn_mask.requires_grad
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    if (
+        prefers_cudnn
+        and fused
+        and same
+        and query.dtype in _HALF
+        and size % 8 == 0
+        and size <= _MOST_HEAD_DIM_OF_CUDNN
+        and key.shape[2] != 1
+        and not learned
+        and not dropout_p  # some versions of cuDNN have none
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    ):
+        bias = None if attn_mask is None else _added(attn_mask, query)
+        return aten._scaled_dot_product_cudnn_attention(  # type: ignore[no-any-return]
+            query, key, value, bias, needed, dropout_p, is_causal, scale=scale
+        )[0]
     if (
         fused
         and same
@@ -129,7 +171,6 @@ def _attention(
         )[0]
         return out[..., :size] if size % 8 else out  # type: ignore[no-any-return]
     grouped = enable_gqa and query.shape[1] != key.shape[1]
-    learned = attn_mask is not None and attn_mask.requires_grad
     if (
         fused
         and query.dtype == key.dtype == value.dtype
@@ -139,10 +180,8 @@ def _attention(
         and torch.backends.cuda.mem_efficient_sdp_enabled()
     ):
         bias = None if attn_mask is None else _bias(attn_mask, query, key)
-        tensors = (query, key, value)
-        needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-            *tensors, bias, needed, dropout_p, is_causal, scale=scale
+            query, key, value, bias, needed, dropout_p, is_causal, scale=scale
         )[0]
     return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -154,10 +193,13 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
     return F.pad(tensor, (0, extra)) if extra else tensor
 
 
+def _added(mask: Tensor, query: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, float("-inf")).to(query.dtype) if mask.dtype == torch.bool else mask
+
+
 def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A mask as efficient attention takes it: to be added, for every head, its rows aligned."""
-    if mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, float("-inf")).to(query.dtype)
+    mask = _added(mask, query)
     size = mask.shape[-1]
     if size % _BIAS_ALIGNMENT:
         mask = _padded(mask, _BIAS_ALIGNMENT)[..., :size]

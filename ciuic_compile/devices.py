@@ -68,6 +68,11 @@ class DeviceProfile:
         sizes = {"cublas": self.cublas_bytes, "cublaslt": self.cublaslt_bytes}
         return {name: size for name, size in sizes.items() if size}
 
+    @property
+    def prefers_cudnn(self) -> bool:
+        """Whether torch attends by cuDNN: on Hopper and Blackwell, which cuBLAS's workspace tells."""
+        return self.cublas_bytes == _CUBLAS_HOPPER
+
     def microseconds(self, nbytes: int) -> float:
         """Time to move ``nbytes`` at full bandwidth, in microseconds."""
         return nbytes / self.bytes_per_us

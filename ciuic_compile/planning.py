@@ -149,7 +149,7 @@ def _run_on_fakes(
     failed: list[CiuicError] = []
     numbers = itertools.count()
 
-    cuda = config.device is not None and config.device.kind == "cuda"
+    cuda = config.device if config.device is not None and config.device.kind == "cuda" else None
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         patches = {**(CUDA_PATCHES if cuda else {}), **config.inductor_options}
@@ -187,8 +187,8 @@ def _run_on_fakes(
                 "  fix: plan the model before it is quantized, sharded or wrapped"
             ) from error
         stack.enter_context(fakes.mode)
-        if cuda:
-            stack.enter_context(compat_cuda.as_cuda())
+        if cuda is not None:
+            stack.enter_context(compat_cuda.as_cuda(cuda.prefers_cudnn))
         stack.enter_context(autocast_on(torch.device("cpu"), autocast))
         try:
             torch.compile(step, backend=backend, dynamic=dynamic)(inputs)

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bench.models import MODELS, WithLoss
 from ciuic_compile.compat_cuda import as_cuda, autocast_ops
+from ciuic_compile.devices import named
 from ciuic_compile.planning import plan
 
 aten = torch.ops.aten
@@ -59,6 +60,39 @@ def test_attention_is_cudas(given: dict[str, Any], kernel: str) -> None:
     with as_cuda():
         assert kernel in attention_of(**given)
     assert attention_of(**given) == before, "it is over after the block"
+
+
+@pytest.mark.parametrize(
+    ("given", "kernel"),
+    [
+        ({"is_causal": True}, "Cudnn"),
+        ({"kv_heads": 2, "enable_gqa": True}, "Cudnn"),
+        ({"attn_mask": lambda: torch.ones(128, 128, dtype=torch.bool)}, "Cudnn"),
+        ({"attn_mask": lambda: torch.empty(2, 1, 128, 128, dtype=torch.bfloat16)}, "Cudnn"),
+        ({"dropout_p": 0.1}, "Flash"),
+        ({"size": 36}, "Slice"),
+        ({"size": 136}, "Flash"),
+        ({"dtype": torch.float32}, "Efficient"),
+    ],
+)
+def test_attention_is_cudnns_where_that_is_preferred(given: dict[str, Any], kernel: str) -> None:
+    assert named("h100").prefers_cudnn and not named("a100").prefers_cudnn
+    with as_cuda(prefers_cudnn=True):
+        assert kernel in attention_of(**given)
+
+
+def test_autocast_leaves_alone_what_cudas_does() -> None:
+    """Concatenation casts all to the widest on a CPU; CUDA's leaves that to the operator."""
+
+    def targets() -> set[Any]:
+        with torch.autocast("cpu", torch.bfloat16):
+            graph = make_fx(lambda a, b: torch.cat((a, b)))(torch.ones(2), torch.ones(2).bfloat16()).graph
+        return {n.target for n in graph.nodes if n.op == "call_function"}
+
+    before = targets()
+    with as_cuda():
+        assert targets() == {aten.cat.default} != before
+    assert targets() == before, "it is over after the block"
 
 
 def test_a_transposed_last_dimension_is_for_no_fused_kernel() -> None:
@@ -238,6 +272,6 @@ def test_a_joint_graph_is_that_of_a_gpu(name: str) -> None:
         pass
 
     table = decomposition.select_decomp_table()
-    with as_cuda():
+    with as_cuda(torch.cuda.get_device_capability() in ((9, 0), (10, 0))):
         expected = joint("cpu")
     assert joint("cuda") == expected and len(expected) > 50
