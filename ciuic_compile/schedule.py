@@ -18,7 +18,7 @@ from .capture import extent, owner, tensor
 from .classify import packet
 from .codecs import Bitmask, get_codec
 from .codecs.base import Size
-from .fusion import decoded_to_memory, is_external, readers
+from .fusion import decoded_to_memory, is_external, read_from_memory, readers
 from .kernels import by_last_value, grouped, loop_of, maker_of, reduces
 
 aten = torch.ops.aten
@@ -127,7 +127,7 @@ def stored_values(graph: fx.Graph, returned: set[fx.Node]) -> Stored:
 def _is_stored(node: fx.Node, returned: set[fx.Node], reads: int) -> bool:
     """Whether a value gets a buffer, of which the computation reads so many others."""
     if markers.is_marker(node, markers.decode):
-        return decoded_to_memory(node)
+        return read_from_memory(node) if _is_bitmask(node) else decoded_to_memory(node)
     if node in returned or reduces(node):
         return True
     if packet(node) is aten.cat:
@@ -163,8 +163,13 @@ def _broadcasts(reader: fx.Node, value: fx.Node) -> bool:
 def _reads_memory(reader: fx.Node) -> bool:
     inside = compat.is_pointwise(reader) or reduces(reader) or overwrites(reader)
     if markers.is_marker(reader, markers.encode):
-        return not isinstance(get_codec(str(reader.args[1])), Bitmask)  # the others have kernels
+        return not _is_bitmask(reader)  # the others have kernels
     return not inside and packet(reader) not in _GATHERING
+
+
+def _is_bitmask(marker: fx.Node) -> bool:
+    """Whether the codec is the one without kernels: Inductor computes it where it is read."""
+    return isinstance(get_codec(str(marker.args[1])), Bitmask)
 
 
 def in_kernels(stored: Stored) -> list[list[fx.Node]]:

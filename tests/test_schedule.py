@@ -171,6 +171,27 @@ def test_packing_a_mask_needs_no_mask() -> None:
         assert ([value.name] in made.kernels(encoded)) is stored
 
 
+def test_reductions_decode_a_mask_as_they_read() -> None:
+    """Other codecs are decoded by a kernel before a reduction, which shuffles their scales."""
+    for codec, product, stored in (
+        ("bitmask", False, False),
+        ("bitmask", True, True),
+        ("int8_group64", False, True),
+    ):
+        made = Made()
+        payload = made.placeholder("payload", 512, dtype=torch.uint8)
+        parts = [payload] if codec == "bitmask" else [payload, made.placeholder("scale", 8)]
+        dtype = torch.bool if codec == "bitmask" else torch.float32
+        decoded = made.graph.call_function(markers.decode, (parts, codec, [64, 64], [0, 1], dtype))
+        with made.mode:
+            decoded.meta["val"] = torch.empty(64, 64, dtype=dtype)
+        scaled = (
+            made.call(aten.where.self, decoded, made.x, made.sin(made.x)) if codec == "bitmask" else decoded
+        )
+        result = made.mm(decoded) if product else made.call(aten.sum.dim_IntList, scaled, [1])
+        assert ([decoded.name] in made.kernels(result)) is stored
+
+
 def test_memory_is_what_as_strided_is_of() -> None:
     made = Made()
     value = made.sin(made.x)

@@ -17,7 +17,7 @@ from math import ceil
 from torch import fx
 
 from .. import compat, compat_fusion
-from ..analyze import MemoryModel
+from ..analyze import BITMASK, MemoryModel
 from ..capture import owner, tensor
 from ..classify import is_attention, is_contraction, is_reduction
 from ..fusion import is_external
@@ -397,13 +397,14 @@ class _Builder:
         return False
 
     def _unpacked(self, node: fx.Node, option: Option) -> bool:
-        """Whether the decode is stored (see ``fusion.decoded_to_memory``)."""
+        """Whether the decode is stored (see ``fusion.decoded_to_memory``); a mask's only to be in memory."""
         if option.codec is None:
             return False
+        fuses = option.codec == BITMASK
         stack, seen = [node], {node}
         while stack:
             for reader in _readers(stack.pop(), self._backward_set):
-                if is_external(reader) or is_reduction(reader):
+                if is_external(reader) or (is_reduction(reader) and not fuses):
                     return True
                 if reader not in seen and not self.materialized(reader, self._backward_set):
                     seen.add(reader)
