@@ -54,16 +54,6 @@ def as_cuda(prefers_cudnn: bool = False) -> Iterator[None]:
     def attention(*args: Any, **kwargs: Any) -> Tensor:
         return _attention(*args, **kwargs, prefers_cudnn=prefers_cudnn)
 
-    register("scaled_dot_product_attention", attention, "AutogradCPU")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # it is meant, and undone
-        for name in _of_the_cpu_alone():
-            register(name, fallthrough_kernel, "AutocastCPU")
-    for policy, names in autocast_ops().items():
-        for name in names:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
-                register(name, _KERNELS[policy](_overload(name)), "AutocastCPU")
-    _forget_dispatch(changed)
     autocast = torch.amp.autocast_mode.autocast
     real = autocast.__init__
 
@@ -76,6 +66,18 @@ def as_cuda(prefers_cudnn: bool = False) -> Iterator[None]:
         real(self, device_type, dtype, *args, **kwargs)
 
     try:
+        register("scaled_dot_product_attention", attention, "AutogradCPU")
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Warning only once for all operators"
+            )  # it is meant, and undone
+            for name in _of_the_cpu_alone():
+                register(name, fallthrough_kernel, "AutocastCPU")
+        for policy, names in autocast_ops().items():
+            for name in names:
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCPU"):
+                    register(name, _KERNELS[policy](_overload(name)), "AutocastCPU")
+        _forget_dispatch(changed)
         with mock.patch.object(autocast, "__init__", init), as_on_a_gpu():
             yield
     finally:
@@ -107,13 +109,16 @@ def autocast_ops() -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def _of_the_cpu_alone() -> tuple[str, ...]:
-    """Operators that autocast changes on a CPU and not on CUDA: concatenation and 3-D pooling, say."""
+    """Operators that autocast changes on a CPU and not on CUDA: concatenation and 3-D pooling, say.
+
+    Not Fourier transforms: a CPU's check that they get no half precision, where some of CUDA's do.
+    """
     cpu, cuda = (
         set(torch._C._dispatch_get_registrations_for_dispatch_key(key))
         for key in ("AutocastCPU", "AutocastCUDA")
     )
     names = sorted(name.removeprefix("aten::") for name in cpu - cuda if name.startswith("aten::"))
-    return tuple(name for name in names if _overload(name) is not None)
+    return tuple(n for n in names if _overload(n) is not None and not n.startswith(("fft_", "stft")))
 
 
 def _overload(name: str) -> Any:

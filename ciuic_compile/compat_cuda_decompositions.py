@@ -76,7 +76,7 @@ def _group_norm(
 
 def _layer_norm(decomposed: Callable[..., Any], x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Its statistics stay in the dtype that they are computed in."""
-    out, mean, rstd = decomposed(x.to(get_computation_dtype(x.dtype)), *args)
+    out, mean, rstd = decomposed(x.contiguous().to(get_computation_dtype(x.dtype)), *args)
     return out.to(x.dtype), mean, rstd
 
 

@@ -56,6 +56,6 @@ def default_passes(codecs: Mapping[str, str], kind: str | None = None) -> tuple[
         PlaceEncodes(),  # before lowering: one marker moves more simply than the nodes it becomes
         SplitDecodes(gpus),  # before the decodes are placed: each then stands before the kernel that reads it
         PlaceDecodes(),
-        CastWhereRead(),  # lossless, once every value has the readers that it will have
+        CastWhereRead(),  # gradients alone; once every value has the readers that it will have
         LowerCodecs(),  # last: needs the final readers to choose between kernel and fused aten
     )

@@ -191,11 +191,14 @@ def layer_norm(op: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("call", [group_norm, layer_norm])
-def test_norms_are_decomposed_as_on_cuda(call: Any, affine: bool, dtype: torch.dtype) -> None:
+def test_norms_are_decomposed_as_on_cuda(call: Any, turned: bool, affine: bool, dtype: torch.dtype) -> None:
     name, shape = f"native_{call.__name__}", (6,) if call is group_norm else (4, 5)
     op = getattr(aten, name).default
     x, weight, bias = (torch.randn(of, dtype=dtype) for of in ((3, 6, 4, 5), shape, shape))
+    if turned:
+        x = torch.randn(3, 6, 5, 4, dtype=dtype).mT
     arguments = (x, weight, bias) if affine else (x, None, None)
     before = decomposition.select_decomp_table()[op]
     with as_cuda():
@@ -203,7 +206,7 @@ def test_norms_are_decomposed_as_on_cuda(call: Any, affine: bool, dtype: torch.d
         found = nodes(ours, *arguments)
     assert found == nodes(call(of_a_gpu(getattr(torch._refs, name))), *arguments)
     assert decomposition.select_decomp_table()[op] is before, "it is over after the block"
-    for got, want in zip(ours(*arguments), call(op)(*arguments), strict=True):
+    for got, want in zip(ours(*arguments), call(op)(x.contiguous(), *arguments[1:]), strict=True):
         torch.testing.assert_close(got.to(want.dtype), want)  # a CPU's statistics have the input's dtype
 
 
@@ -211,13 +214,17 @@ def test_norms_are_decomposed_as_on_cuda(call: Any, affine: bool, dtype: torch.d
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("functional", [True, False])
 @pytest.mark.parametrize("shape", [(3, 6, 4, 5), (3, 6)])
+@pytest.mark.parametrize("kept", [True, False])
 def test_batch_norm_is_decomposed_as_on_cuda(
-    shape: tuple[int, ...], functional: bool, training: bool, dtype: torch.dtype
+    kept: bool, shape: tuple[int, ...], functional: bool, training: bool, dtype: torch.dtype
 ) -> None:
     theirs = decompositions.native_batch_norm_helper
     flags = (training, 0.1, 1e-5, functional)
     weight, bias, mean, var = (torch.rand(6) + 0.5 for _ in range(4))
-    arguments = (torch.randn(shape, dtype=dtype), weight, bias, mean, var)
+    if not (kept or training):
+        pytest.skip("evaluation needs running statistics")
+    statistics = (mean, var) if kept else (None, None)
+    arguments = (torch.randn(shape, dtype=dtype), weight, bias, *statistics)
     with as_cuda():
         ours = decompositions.native_batch_norm_helper
         found = nodes(lambda *a: ours(*a, *flags), *arguments)
