@@ -38,10 +38,12 @@ class CastWhereRead:
 
     def run(self, graphs: Graphs) -> PassResult:
         graph = graphs.backward.graph
+        casts = [n for n in graph.nodes if is_cast(n) and self.declines(n) is None]
+        if not casts:
+            return PassResult(False)
         gradients = _gradients(graph)
-        casts = [n for n in gradients if is_cast(n) and self.declines(n) is None]
-        stored = stored_values(graph, {owner(n) for n in output_nodes(graph)}) if casts else {}
-        wide = [n for n in casts if n in stored and n.args[0] not in stored]
+        stored = stored_values(graph, {owner(n) for n in output_nodes(graph)})
+        wide = [n for n in casts if n in gradients and n in stored and n.args[0] not in stored]
         for cast in wide:
             _repeat(cast)
         return PassResult(bool(wide))
@@ -78,15 +80,12 @@ def _is_compared(node: fx.Node) -> bool:
     return False
 
 
-def _gradients(graph: fx.Graph) -> dict[fx.Node, None]:
-    """What is computed from incoming gradients, in order; not what is made again of saved values alone."""
-    found: dict[fx.Node, None] = {}
+def _gradients(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed from incoming gradients; not what is made again of saved values alone."""
+    found = {n for n in graph.find_nodes(op="placeholder") if "tangents" in n.name}
     for node in graph.nodes:
-        if node.op == "placeholder":
-            if "tangents" in node.name:
-                found[node] = None
-        elif node.op != "output" and any(i in found for i in node.all_input_nodes):
-            found[node] = None
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
     return found
 
 
