@@ -423,6 +423,7 @@ def _is_rebuildable(node: fx.Node) -> bool:
 
 
 def is_cast(node: fx.Node) -> bool:
+    """Whether the node is its input in another dtype."""
     return packet(node) in (torch.ops.prims.convert_element_type, aten._to_copy)
 
 

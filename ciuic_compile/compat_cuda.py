@@ -68,9 +68,8 @@ def as_cuda(prefers_cudnn: bool = False) -> Iterator[None]:
     try:
         register("scaled_dot_product_attention", attention, "AutogradCPU")
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Warning only once for all operators"
-            )  # it is meant, and undone
+            # of kernels that take others' places: these are meant to, and go again
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in _of_the_cpu_alone():
                 register(name, fallthrough_kernel, "AutocastCPU")
         for policy, names in autocast_ops().items():

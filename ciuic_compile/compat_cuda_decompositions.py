@@ -23,8 +23,6 @@ from torch._prims_common import get_computation_dtype
 from torch._refs import _unsqueeze_multiple
 
 aten = torch.ops.aten
-#: Where the arguments of ``convolution_backward`` say which gradients are wanted; the last is the bias's.
-_MASK = 10
 
 
 @contextlib.contextmanager
@@ -126,9 +124,9 @@ def _batch_norm(
 
 def _convolution_backward(grad: Tensor, *args: Any) -> Any:
     """The bias's gradient is a sum beside it, which Inductor fuses."""
-    wanted = args[_MASK - 1]
-    if not wanted[2]:
+    *others, (of_input, of_weight, of_bias) = args  # which gradients are wanted
+    if not of_bias:
         return NotImplemented
-    of_bias = aten.sum(grad, [0, *range(2, grad.dim())])
-    of_input, of_weight, _ = aten.convolution_backward(grad, *args[: _MASK - 1], [*wanted[:2], False])
-    return of_input, of_weight, of_bias
+    bias = aten.sum(grad, [0, *range(2, grad.dim())])
+    image, weight, _ = aten.convolution_backward(grad, *others, [of_input, of_weight, False])
+    return image, weight, bias
